@@ -1,0 +1,97 @@
+"""A trained network on disk: `weights.safetensors` and `about.json`. Never a pickle, so that a stranger's file is only data."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from cavs_model.errors import InputError
+from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
+
+WEIGHTS = "weights.safetensors"
+ABOUT = "about.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a checkpoint says of itself.
+
+    `history` holds one record of mean loss terms per epoch; `clips` is how many clip passes the training took, `seconds` its
+    wall time and `world_size` its workers: the cost, which later work is planned by.
+    """
+
+    network: str
+    num_classes: int
+    config: Mapping[str, Any]
+    history: tuple[Mapping[str, float], ...] = ()
+    clips: int = 0
+    seconds: float = 0.0
+    world_size: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory, as bytes: what is put into the object store once and read by every scoring task."""
+
+    about: About
+    weights: bytes
+
+    def model(self) -> AVSegmenter:
+        """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description."""
+        config = NetworkConfig(**{**self.about.config, "visual_weights": "none"})
+        model = build(config, self.about.num_classes, self.about.network)
+        try:
+            model.load_state_dict(load_tensors(self.weights))
+        except (SafetensorError, RuntimeError) as error:
+            raise InputError(f"checkpoint of {self.about.network} does not fit its description: {error}") from error
+        return model.eval().requires_grad_(False)
+
+
+def save(directory: Path, state: Mapping[str, Tensor], about: About) -> None:
+    """Writes a checkpoint; `about.json` is written last, so that a directory that has it is complete."""
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    for name, content in ((WEIGHTS, weights), (ABOUT, json.dumps(asdict(about), indent=1).encode())):
+        temporary = directory / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        os.replace(temporary, directory / name)
+
+
+def read_about(directory: Path) -> About:
+    """The description of a checkpoint alone. InputError that names a missing or damaged file."""
+    path = directory / ABOUT
+    try:
+        fields = json.loads(path.read_text())
+        return About(**{**fields, "config": _tuples(fields["config"]), "history": tuple(fields["history"])})
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint at {directory}: {ABOUT} is missing") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"damaged checkpoint description {path}: {error}") from error
+
+
+def read(directory: Path) -> Checkpoint:
+    """A checkpoint in full. InputError that names a missing or damaged file."""
+    about = read_about(directory)
+    try:
+        return Checkpoint(about, (directory / WEIGHTS).read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"no checkpoint at {directory}: {WEIGHTS} is missing") from error
+
+
+def load(directory: Path) -> AVSegmenter:
+    """The network of a checkpoint, as `Checkpoint.model`."""
+    return read(directory).model()
+
+
+def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows only lists; the configuration's sequences are tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}

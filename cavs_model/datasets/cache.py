@@ -1,0 +1,296 @@
+"""Decoded clips on disk: each clip is rendered once, then read through memory maps by any number of processes.
+
+A split is stored as blocks of 64 clips. A block is one .npy file of records (see `record_type`) followed by the 32 bytes of
+its SHA-256; it appears under its name only when it is complete, so that an interrupted build goes on where it stopped and two
+processes may write the same block at once. Opening looks at headers and sizes alone; `verify` reads everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import fields
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cavs_model.datasets.base import Benchmark, Clips
+from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
+from cavs_model.errors import InputError, unknown
+from cavs_model.types import BACKGROUND, IGNORE, Batch
+
+BLOCK_CLIPS = 64
+FORMAT_VERSION = 1  # part of the file names: a cache of another format counts as missing
+
+Job = tuple[str, int]  # split, block
+MapBlocks = Callable[[Callable[[Job], None], Sequence[Job]], Iterable[None]]
+
+_DIGEST_BYTES = 32
+_log = logging.getLogger(__name__)
+
+
+def renumbering(class_names: Sequence[str], order: Sequence[str]) -> np.ndarray:
+    """Benchmark id -> learned id, uint8 [256]: classes by their place in `order`, background and IGNORE as they are.
+
+    Ids of no class become IGNORE. `rule.table()[renumbering(...)]` is then benchmark id -> visible label. InputError unless
+    `order` names every class once.
+    """
+    if sorted(class_names) != sorted(order):
+        wrong = sorted(set(class_names) ^ set(order)) or "a repeated name"
+        raise InputError(f"a class order must name every class once; wrong or missing: {wrong}")
+    table = np.full(256, IGNORE, dtype=np.uint8)
+    table[BACKGROUND] = BACKGROUND
+    for index, name in enumerate(class_names):
+        table[index + 1] = order.index(name) + 1
+    return table
+
+
+def record_type(benchmark: Benchmark) -> np.dtype[np.void]:
+    """One clip as a record whose fields are those of base.Clips."""
+    frames, size = benchmark.frames, benchmark.image_size_px
+    return np.dtype(
+        [
+            ("image", "u1", (frames, 3, size, size)),
+            ("audio", "<f2", (frames, NUM_FRAMES, NUM_BINS)),
+            ("label", "u1", (frames, size, size)),
+            ("real_frame", "?", (frames,)),
+            ("labelled_frame", "?", (frames,)),
+        ]
+    )
+
+
+def cache_folder(benchmark: Benchmark, split: str, root: str | Path) -> Path:
+    """Where the blocks of a split lie. A changed benchmark has another fingerprint and so another folder."""
+    if split not in benchmark.splits():
+        raise unknown(f"split of {benchmark.name}", split, benchmark.splits())
+    return Path(root) / f"{benchmark.name}-{benchmark.fingerprint()[:16]}" / split.replace("/", "-")
+
+
+def missing_blocks(benchmark: Benchmark, split: str, root: str | Path) -> list[int]:
+    """The blocks that are absent or, by their header and size, not whole. The latter are logged as warnings."""
+    folder, record = cache_folder(benchmark, split, root), record_type(benchmark)
+    missing = []
+    for block, positions in enumerate(_blocks(benchmark, split)):
+        path = _block_path(folder, block)
+        fault = _fault(path, record, len(positions))
+        if fault:
+            missing.append(block)
+            if path.exists():
+                _log.warning("%s is damaged (%s) and will be rebuilt", path, fault)
+    return missing
+
+
+def write_block(benchmark: Benchmark, split: str, block: int, root: str | Path) -> None:
+    """Renders a block and puts it in place, unless a whole one is there. InputError where the folder cannot be written."""
+    folder, record = cache_folder(benchmark, split, root), record_type(benchmark)
+    positions = _blocks(benchmark, split)[block]
+    path = _block_path(folder, block)
+    if _fault(path, record, len(positions)):
+        _write_atomically(path, _encode(_records(benchmark, split, positions)))
+
+
+def build(benchmark: Benchmark, splits: Iterable[str], root: str | Path, map_blocks: MapBlocks = map) -> None:
+    """Renders all that is missing of some splits. Does nothing for a benchmark that is not cached.
+
+    `map_blocks(function, jobs)` calls a function, which pickles, on every job, in parallel or not: the built-in `map`, a
+    pool's, a cluster's. InputError where the cache cannot be written.
+    """
+    if not benchmark.cached:
+        return
+    jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root)]
+    for _ in map_blocks(partial(_write_job, benchmark, str(root)), jobs):
+        pass
+
+
+def verify(benchmark: Benchmark, split: str, root: str | Path) -> None:
+    """Reads a whole split against its checksums. InputError naming the damaged files, which are best deleted."""
+    if not benchmark.cached:
+        return
+    open_split(benchmark, split, root)  # complains of missing blocks
+    folder = cache_folder(benchmark, split, root)
+    paths = [_block_path(folder, block) for block in range(len(_blocks(benchmark, split)))]
+    damaged = [str(path) for path in paths if not _checksum_matches(path)]
+    if damaged:
+        raise InputError(f"damaged cache files (delete them and build again): {', '.join(damaged)}")
+
+
+def open_split(benchmark: Benchmark, split: str, root: str | Path) -> DecodedSplit:
+    """A split ready for reading. InputError naming the folder and the blocks where the cache is incomplete.
+
+    Benchmarks that are not cached are rendered into memory here; `root` is then not looked at.
+    """
+    if benchmark.cached:
+        missing = missing_blocks(benchmark, split, root)
+        if missing:
+            folder = cache_folder(benchmark, split, root)
+            raise InputError(f"the cache {folder} is incomplete: build it first; missing blocks {missing}")
+    return DecodedSplit(benchmark, split, root)
+
+
+class DecodedSplit:
+    """The clips of one split. Maps are opened at first use, also in another process: it pickles as its three arguments.
+
+    To be made by `open_split`, which checks that all blocks are there.
+    """
+
+    def __init__(self, benchmark: Benchmark, split: str, root: str | Path) -> None:
+        self.benchmark = benchmark
+        self.split = split
+        self.root = Path(root)
+        self.sample_ids = tuple(sample.id for sample in benchmark.samples(split))
+        self._position = {sample_id: position for position, sample_id in enumerate(self.sample_ids)}
+        self._opened: dict[int, np.ndarray] = {}
+
+    def __reduce__(self) -> tuple[type[DecodedSplit], tuple[Benchmark, str, Path]]:
+        return type(self), (self.benchmark, self.split, self.root)
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def read(self, positions: Sequence[int]) -> Clips:
+        """The clips at these positions of the index, copied, in benchmark ids."""
+        records = np.empty(len(positions), record_type(self.benchmark))
+        for n, position in enumerate(positions):
+            records[n] = self._record(position)
+        return Clips(**{item.name: records[item.name] for item in fields(Clips)})
+
+    def batch(self, sample_ids: Sequence[str], rehearsed: Sequence[bool], tables: Sequence[np.ndarray] | np.ndarray) -> Batch:
+        """These samples as a batch on the CPU, B of them.
+
+        `rehearsed` [B]; `tables` [B 256] uint8: per sample its benchmark id -> visible label (see `renumbering`). Frames that
+        are padded or not annotated get IGNORE. KeyError for an unknown sample, ValueError for lists of unequal length.
+        """
+        records = [self._record(self._position[sample_id]) for sample_id in sample_ids]
+        frames, size = self.benchmark.frames, self.benchmark.image_size_px
+        image = np.empty((len(records), frames, 3, size, size), np.uint8)
+        audio = np.empty((len(records), frames, NUM_FRAMES, NUM_BINS), np.float32)
+        label = np.empty((len(records), frames, size, size), np.uint8)
+        real = np.empty((len(records), frames), np.bool_)
+        labelled = np.empty((len(records), frames), np.bool_)
+        for n, (record, table, _) in enumerate(zip(records, tables, rehearsed, strict=True)):
+            image[n], audio[n] = record["image"], record["audio"]
+            real[n], labelled[n] = record["real_frame"], record["labelled_frame"]
+            np.take(table, record["label"], out=label[n], mode="clip")  # "clip" writes straight into `out`
+        labelled &= real
+        label[~labelled] = IGNORE
+        return Batch(
+            sample_id=tuple(sample_ids),
+            image=torch.from_numpy(image),
+            audio=torch.from_numpy(audio),
+            label=torch.from_numpy(label),
+            real_frame=torch.from_numpy(real),
+            labelled_frame=torch.from_numpy(labelled),
+            rehearsed=torch.tensor(list(rehearsed), dtype=torch.bool),
+        )
+
+    @cached_property
+    def _folder(self) -> Path:
+        return cache_folder(self.benchmark, self.split, self.root)
+
+    def _record(self, position: int) -> np.void:
+        if not 0 <= position < len(self):
+            raise IndexError(f"split {self.split!r} has {len(self)} clips, asked for position {position}")
+        block, row = divmod(position, BLOCK_CLIPS)
+        if block not in self._opened:
+            self._opened[block] = self._open(block)
+        return self._opened[block][row]  # type: ignore[no-any-return]
+
+    def _open(self, block: int) -> np.ndarray:
+        if not self.benchmark.cached:
+            return _records(self.benchmark, self.split, _blocks(self.benchmark, self.split)[block])
+        path = _block_path(self._folder, block)
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read the cache file {path}: {error}") from None
+
+
+def _blocks(benchmark: Benchmark, split: str) -> list[range]:
+    """The positions that each block of a split holds."""
+    count = len(benchmark.samples(split))
+    return [range(start, min(start + BLOCK_CLIPS, count)) for start in range(0, count, BLOCK_CLIPS)]
+
+
+def _block_path(folder: Path, block: int) -> Path:
+    return folder / f"clips-v{FORMAT_VERSION}-{block:05d}.npy"
+
+
+def _write_job(benchmark: Benchmark, root: str, job: Job) -> None:
+    split, block = job
+    write_block(benchmark, split, block, root)
+
+
+def _records(benchmark: Benchmark, split: str, positions: Sequence[int]) -> np.ndarray:
+    clips = benchmark.render(split, positions)
+    records = np.empty(len(positions), record_type(benchmark))
+    for item in fields(Clips):
+        values = getattr(clips, item.name)
+        if values.shape != records[item.name].shape:
+            raise ValueError(f"{benchmark.name} rendered {item.name} {values.shape}, expected {records[item.name].shape}")
+        records[item.name] = values
+    return records
+
+
+def _encode(records: np.ndarray) -> bytes:
+    """The .npy file and its digest. The digest comes last, where np.load does not look."""
+    buffer = io.BytesIO()
+    np.save(buffer, records, allow_pickle=False)
+    content = buffer.getvalue()
+    return content + hashlib.sha256(content).digest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes through a temporary file beside `path`, which is gone afterwards whatever happens."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out other users of a shared cache
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write the cache folder {path.parent}: {error.strerror or error}") from error
+    finally:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
+
+
+def _fault(path: Path, record: np.dtype[np.void], count: int) -> str:
+    """What is wrong with a block by its header and size; empty if nothing is."""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            if version != (1, 0):
+                return f"format {version}"
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            expected = file.tell() + count * record.itemsize + _DIGEST_BYTES
+            size = os.fstat(file.fileno()).st_size
+    except FileNotFoundError:
+        return "absent"
+    except (OSError, ValueError) as error:
+        return str(error)
+    if dtype != record or shape != (count,):
+        return f"shape {shape} of another kind of clip"
+    return "" if size == expected else f"{size} bytes instead of {expected}"
+
+
+def _checksum_matches(path: Path) -> bool:
+    digest = hashlib.sha256()
+    remaining = path.stat().st_size - _DIGEST_BYTES
+    with open(path, "rb") as file:
+        while remaining:
+            chunk = file.read(min(remaining, 1 << 20))
+            digest.update(chunk)
+            remaining -= len(chunk)
+        return file.read() == digest.digest()

@@ -1,0 +1,13 @@
+"""The one exception for what a user can mend: it names the thing that is wrong and the valid choices."""
+
+from collections.abc import Iterable
+
+
+class InputError(Exception):
+    """Bad input (file, field, value, environment). Commands print it as one line and exit with status 2."""
+
+
+def unknown(kind: str, name: object, choices: Iterable[object]) -> InputError:
+    """An InputError for a `name` that is none of the `choices` of its `kind`."""
+    listed = ", ".join(str(choice) for choice in choices)
+    return InputError(f"unknown {kind} {name!r}; choose one of: {listed}")

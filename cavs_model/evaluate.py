@@ -1,0 +1,122 @@
+"""Passes over data with frozen models: pixel counts, and the scores that methods ask for.
+
+Any shard of whole batches gives the same numbers as the whole pass: what a batch holds depends on the list of samples and
+`batch_size` alone, so results from many tasks are joined without a trace of how the work was shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cavs_model.checkpoint import Checkpoint
+from cavs_model.datasets.base import Benchmark
+from cavs_model.datasets.cache import DecodedSplit, open_split, renumbering
+from cavs_model.methods.base import Method
+from cavs_model.metrics import confusion
+from cavs_model.types import Batch, LabelRule, Network, Prediction, ScoreTable, Task
+from cavs_model.worker import Arithmetic, Precision, arithmetic, prefetch
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where labelled clips come from: a benchmark, its decoded cache, and the order in which its classes are learned."""
+
+    benchmark: Benchmark
+    cache: str  # absolute path; cache.open_split
+    learned_order: tuple[str, ...]
+
+    def open(self, split: str) -> DecodedSplit:
+        """The decoded split. InputError where the cache is not complete."""
+        return open_split(self.benchmark, split, self.cache)
+
+    def table(self, rule: LabelRule) -> np.ndarray:
+        """uint8 [256]: the benchmark's label -> the visible learned label."""
+        table: np.ndarray = rule.table()[renumbering(self.benchmark.class_names(), self.learned_order)]
+        return table
+
+
+@dataclass(frozen=True)
+class ScoreJob:
+    """Scores of a task's training samples: collisions by the old model ("before") or consistency of the new ones ("after")."""
+
+    stage: Literal["before", "after"]
+    method: Method
+    task: Task
+    data: Data
+    batch_size: int
+    precision: Precision
+    label: str = ""  # for whoever watches; not part of the result
+
+    @property
+    def sample_ids(self) -> tuple[str, ...]:
+        return tuple(sample.id for sample in self.task.train)
+
+
+@dataclass(frozen=True)
+class EvaluateJob:
+    """Pixel counts of a split under a rule, classes in learned ids."""
+
+    split: str
+    sample_ids: tuple[str, ...]
+    rule: LabelRule
+    num_classes: int
+    data: Data
+    batch_size: int
+    precision: Precision
+    label: str = ""
+
+
+def score_samples(
+    job: ScoreJob, checkpoints: Mapping[str, Checkpoint], sample_ids: Sequence[str], device: torch.device
+) -> ScoreTable:
+    """Scores `sample_ids` (whole batches of the job's list) with all the networks given, in one pass over the data."""
+    numbers = arithmetic(job.precision, device)
+    networks = {name: frozen(checkpoint.model(), numbers) for name, checkpoint in checkpoints.items()}
+    score = job.method.score_before if job.stage == "before" else job.method.score_after
+    split = job.data.open("train")
+    table = job.data.table(job.task.train_rule)
+    return ScoreTable.concatenate(
+        [score(networks, batch, job.task) for batch in passes(split, sample_ids, table, job.batch_size, device)]
+    )
+
+
+def evaluate(job: EvaluateJob, checkpoint: Checkpoint, sample_ids: Sequence[str], device: torch.device) -> np.ndarray:
+    """Confusion counts int64 [C C] (row = truth, column = prediction) over the labelled pixels of `sample_ids`."""
+    network = frozen(checkpoint.model(), arithmetic(job.precision, device))
+    batches = passes(job.data.open(job.split), sample_ids, job.data.table(job.rule), job.batch_size, device)
+    return count(network, batches, job.num_classes, device).cpu().numpy()
+
+
+def count(network: Network, batches: Iterator[Batch], num_classes: int, device: torch.device) -> Tensor:
+    """Confusion counts int64 [C C] of a network over batches."""
+    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for batch in batches:
+        counts += confusion(network(batch).logits.argmax(dim=2), batch.label, num_classes)
+    return counts
+
+
+def frozen(model: nn.Module, numbers: Arithmetic) -> Network:
+    """A network for reading only: on its device, in evaluation mode, without gradients, in the job's arithmetic."""
+    model = numbers.place(model.eval().requires_grad_(False))
+
+    def network(batch: Batch) -> Prediction:
+        # Not inference_mode: losses save the teacher's maps for the student's backward pass.
+        with torch.no_grad(), numbers.autocast():
+            return model(batch)  # type: ignore[no-any-return]
+
+    return network
+
+
+def passes(
+    split: DecodedSplit, sample_ids: Sequence[str], table: np.ndarray, batch_size: int, device: torch.device
+) -> Iterator[Batch]:
+    """The samples in order, as batches on the device."""
+    shards = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
+    for batch in prefetch(shards, lambda ids: split.batch(ids, [False] * len(ids), [table] * len(ids))):
+        yield batch.to(device)

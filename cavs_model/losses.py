@@ -1,0 +1,79 @@
+"""Losses that several methods share: pixel cross-entropy and local POD, as pairs of sums over real frames.
+
+Terms: Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, for local POD.
+Axes as in types.py. Every loss computes in fp32 whatever the autocast, leaves its inputs as they are, and returns a types.Mean
+whose total and count (int64) are sums over this process's part of the batch, so that any split of a batch over workers gives
+the same mean. A part without anything to count has total 0 and count 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cavs_model.types import IGNORE, Mean
+
+
+def cross_entropy(logits: Tensor, label: Tensor, real_frame: Tensor, frame_weight: Tensor | None = None) -> Mean:
+    """Cross-entropy in nats, summed over labelled pixels of real frames and counted by them.
+
+    logits [B T C H W]; label [B T H W] uint8 (IGNORE is left out); real_frame [B T] bool. `frame_weight` [B T] multiplies the
+    losses of a frame's pixels but not their count (PLOP's adaptive factor).
+    """
+    target = label.masked_fill(~real_frame[:, :, None, None], IGNORE).flatten(0, 1).long()
+    count = (target != IGNORE).sum()
+    scores = logits.flatten(0, 1).float()
+    if frame_weight is None:
+        return Mean(F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="sum"), count)
+    per_pixel = F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="none")
+    return Mean((per_pixel.sum((1, 2)) * frame_weight.flatten()).sum(), count)
+
+
+def local_pod(student: Tensor, teacher: Tensor, real_frame: Tensor, scales: tuple[int, ...] = (1, 2, 4)) -> Mean:
+    """Local POD of one map (PLOP): per real frame the L2 norm between two embeddings, counted by frames.
+
+    student, teacher [B T D h w]; real_frame [B T] bool. The embedding of a frame: values squared; at each scale s the map is
+    cut into s x s windows of (h // s) x (w // s) cells; the means over every window's rows and over its columns, of all
+    channels and scales, one after another. As in the authors' code, cells that a scale's windows do not reach (h or w not
+    divisible by s) are left out at that scale, and windows are not weighted. A scale finer than the map is left out.
+    The teacher gets no gradient; where student and teacher agree exactly, the student's gradient is zero.
+    ValueError where the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"local POD compares maps of one shape, got student {student.shape} and teacher {teacher.shape}")
+    height, width = student.shape[-2:]
+    usable = tuple(scale for scale in scales if scale <= min(height, width))
+    # Pooling is linear, so the difference of the pooled squares is the pooled difference of the squares: one map, pooled once.
+    difference = (student.float().square() - teacher.detach().float().square()).flatten(0, 1)
+    along_rows = _interval_means(difference, usable)  # [N D h s]
+    along_columns = _interval_means(difference.transpose(-1, -2), usable)  # [N D w s]
+    norms = [
+        torch.linalg.vector_norm(means[:, :, : size // scale * scale], dim=(1, 2, 3))
+        for pooled, size in ((along_rows, height), (along_columns, width))
+        for scale, means in zip(usable, pooled, strict=True)
+    ]
+    distance = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return Mean(torch.where(real_frame.flatten(), distance, 0.0).sum(), real_frame.sum())
+
+
+def _interval_means(values: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
+    """Per scale s the means [... s] over the s intervals of n // s cells of the last axis of `values` [... n].
+
+    Where the finest intervals tile those of all other scales, the map is read once and the coarser means come from the finest.
+    """
+    size, finest = values.shape[-1], max(scales)
+
+    def direct(scale: int) -> Tensor:
+        length = size // scale
+        return _split(values[..., : length * scale], scale).mean(-1)
+
+    if size % finest or any(finest % scale for scale in scales):
+        return [direct(scale) for scale in scales]
+    fine = direct(finest)
+    return [_split(fine, scale).mean(-1) for scale in scales]
+
+
+def _split(values: Tensor, parts: int) -> Tensor:
+    """[... n] -> [... parts n // parts]."""
+    return values.reshape(*values.shape[:-1], parts, values.shape[-1] // parts)

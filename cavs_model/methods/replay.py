@@ -1,0 +1,58 @@
+"""Replay: any base method plus a random, class-balanced memory that is learned again with every task, each row once.
+
+The baseline that chosen rehearsal has to beat: it is CMR (see cmr.py, whose terms it uses) with random selection and without
+resampling. No paper of its own; 5 samples per class is CMR's budget, so that the two compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from cavs_model.methods.base import Method, knob
+from cavs_model.methods.finetune import Finetune
+from cavs_model.types import Batch, Mean, Memory, Network, Row, Sample, ScoreTable, Step, Task
+
+
+@dataclass(frozen=True)
+class Replay(Method):
+    """`base` trains; the memory keeps `samples_per_class` random samples of every class."""
+
+    base: Method = knob(Finetune(), acts="train")  # the losses
+    samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; CMR's budget
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
+        self.base.init_new_classes(classifier, task)
+
+    def prepare(self, teacher: Network, batches: Iterable[Batch], task: Task, all_reduce: Callable[[Tensor], Tensor]) -> Any:
+        return self.base.prepare(teacher, batches, task, all_reduce)
+
+    def loss(self, step: Step) -> dict[str, Mean]:
+        return self.base.loss(step)
+
+    def remember(self, scores: ScoreTable | None, memory: Memory, task: Task, rng: np.random.Generator) -> Memory:
+        return memory.extended(random_rows(task.train, task.new_classes, self.samples_per_class, rng))
+
+
+def random_rows(
+    samples: Iterable[Sample], classes: Iterable[int], per_class: int, rng: np.random.Generator
+) -> dict[int, tuple[Row, ...]]:
+    """Per class `per_class` of the samples that contain it (all, if fewer), uniformly and without repeats.
+
+    Depends on the set of samples and on `rng`, not on the samples' order; with the same `rng`, a smaller `per_class` gives a
+    prefix of what a larger one gives. A class that no sample contains gets no rows.
+    """
+    samples = tuple(samples)
+    chosen = {}
+    for class_id in classes:
+        ids = sorted(sample.id for sample in samples if class_id in sample.classes)
+        chosen[class_id] = tuple(Row(ids[position], class_id) for position in rng.permutation(len(ids))[:per_class])
+    return chosen

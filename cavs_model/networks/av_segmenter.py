@@ -1,0 +1,96 @@
+"""The segmenter: AVSBench's TPAVI encoder-decoder (Zhou et al., ECCV 2022) with a growing classifier, as the CMR paper's.
+
+Two networks share this file: audio_visual, and visual_only, which has no part for the sound at all. Only real frames are
+computed; the paper's release computes padding too, which costs time and shifts the statistics of batch norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from cavs_model.errors import InputError, unknown
+from cavs_model.networks.audio_encoders import build_audio_encoder
+from cavs_model.networks.decoder import Decoder
+from cavs_model.networks.fusion import TPAVI, DilatedSum, RealFrames
+from cavs_model.networks.growing_classifier import GrowingClassifier
+from cavs_model.networks.visual_encoders import build_visual_encoder
+from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Batch, Prediction
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The shape of a network and where its first weights come from. AVSBench's is width 256; 64 is ours, for light training.
+
+    InputError for sizes that make no network. Encoder names and weight files are checked when the network is built.
+    """
+
+    visual_encoder: str = "efficientnet_lite0"
+    visual_weights: str = "imagenet"  # "imagenet", "none" (random) or the path of a state_dict
+    audio_encoder: str = "log_mel_cnn"
+    audio_dim: int = 128
+    width: int = 64  # channels of the fused maps and of the decoder
+    dilations: tuple[int, ...] = (3, 6, 12, 18)
+
+    def __post_init__(self) -> None:
+        if self.width < 2 or self.width % 2:
+            raise InputError(f"width must be a positive even number, got {self.width}")
+        if self.audio_dim < 1:
+            raise InputError(f"audio_dim must be positive, got {self.audio_dim}")
+        if not self.dilations or min(self.dilations) < 1:
+            raise InputError(f"dilations must be one or more positive numbers, got {self.dilations}")
+
+    @property
+    def inner_channels(self) -> int:
+        """Channels inside TPAVI, and of the decoder's map before the last up-sampling (128 of 256 in AVSBench)."""
+        return self.width // 2
+
+    @property
+    def head_channels(self) -> int:
+        """Channels at full resolution, the classifier's input (32 of 256 in AVSBench), never fewer than 16."""
+        return max(16, self.width // 8)
+
+
+class AVSegmenter(nn.Module):
+    """Batch -> Prediction: logits at full resolution, the four fused maps (strides 4 to 32) and the decoder map (stride 2).
+
+    Made for channels_last memory (module.to(memory_format=torch.channels_last)) and for autocast: logits and fused maps are
+    float32 always, the decoder map has autocast's type.
+    """
+
+    def __init__(self, config: NetworkConfig, num_classes: int, network: str) -> None:
+        """`network` is AUDIO_VISUAL or VISUAL_ONLY; `num_classes` counts background. InputError: unknown name, bad weights."""
+        super().__init__()
+        if network not in (AUDIO_VISUAL, VISUAL_ONLY):
+            raise unknown("network", network, (AUDIO_VISUAL, VISUAL_ONLY))
+        hears = network == AUDIO_VISUAL
+        width = config.width
+        self.visual_encoder = build_visual_encoder(config.visual_encoder, config.visual_weights)
+        self.audio_encoder = build_audio_encoder(config.audio_encoder, config.audio_dim) if hears else None
+        self.reduce = nn.ModuleList(DilatedSum(channels, width, config.dilations) for channels in self.visual_encoder.channels)
+        self.fuse = nn.ModuleList(
+            TPAVI(width, config.inner_channels, config.audio_dim if hears else None) for _ in self.visual_encoder.channels
+        )
+        self.decoder = Decoder(width, config.inner_channels, config.head_channels, levels=len(self.visual_encoder.channels))
+        self.classifier = GrowingClassifier(config.head_channels, num_classes)
+
+    def forward(self, batch: Batch) -> Prediction:
+        """Logits float32 [B T C H W] and features, each [B T D h w]; zeros at padded frames.
+
+        InputError where a picture's side is not a multiple of 32 pixels, ValueError where no frame of the batch is real.
+        """
+        frames = RealFrames.of(batch.real_frame)
+        audio: Tensor | None = None
+        if self.audio_encoder is not None:
+            audio = self.audio_encoder(frames.select(batch.audio))
+        maps = self.visual_encoder(frames.select(batch.image))
+        fused = [fuse(reduce(item), frames, audio) for item, reduce, fuse in zip(maps, self.reduce, self.fuse, strict=True)]
+        decoded, head = self.decoder(fused)
+        logits = self.classifier(head)
+        return Prediction(frames.scatter(logits), tuple(frames.scatter(item) for item in (*fused, decoded)))
+
+
+def build(config: NetworkConfig, num_classes: int, network: str) -> AVSegmenter:
+    """A new network for `num_classes` classes (background included), initialised from torch's current random state."""
+    return AVSegmenter(config, num_classes, network)

@@ -1,0 +1,248 @@
+"""The one training loop: a task, a network, a method, on any number of workers.
+
+Optimiser and schedule follow the CMR authors' release (Adam 1e-4, constant, batch norm in training mode); every constant is
+a field of `Schedule`. The objective is the sum of the method's named means, each over the batch of all workers together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from cavs_model import checkpoint
+from cavs_model.datasets.cache import DecodedSplit
+from cavs_model.errors import InputError, unknown
+from cavs_model.evaluate import Data, count, frozen, passes
+from cavs_model.methods.base import Method
+from cavs_model.metrics import iou
+from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
+from cavs_model.types import Batch, Mean, Network, Row, Step, Task
+from cavs_model.worker import Arithmetic, Precision, Worker, arithmetic, epoch_batches, my_part, prefetch
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a task is learned."""
+
+    epochs: int = 30  # of every task after the base task
+    base_epochs: int = 30
+    batch_size: int = 16  # clips over all workers
+    learning_rate: float = 1e-4  # Adam, without weight decay
+    decay: Literal["constant", "cosine"] = "constant"  # of the learning rate over a task, per step
+    selection: Literal["last", "best_val"] = "last"  # best_val: mean val IoU of the current classes, as the release
+    selection_from: float = 0.5  # the part of the epochs after which best_val starts to look
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "base_epochs", "batch_size", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"schedule.{name} must be positive, not {getattr(self, name)!r}")
+        if self.decay not in ("constant", "cosine"):
+            raise unknown("schedule.decay", self.decay, ("constant", "cosine"))
+        if self.selection not in ("last", "best_val"):
+            raise unknown("schedule.selection", self.selection, ("last", "best_val"))
+        if not 0 <= self.selection_from < 1:
+            raise InputError(f"schedule.selection_from must lie in [0, 1), not {self.selection_from!r}")
+
+    def epochs_of(self, task: Task) -> int:
+        return self.base_epochs if task.is_base else self.epochs
+
+    def rate(self, progress: float) -> float:
+        """The learning rate when `progress` in [0, 1) of a task's steps are done."""
+        return self.learning_rate * (0.5 * (1 + math.cos(math.pi * progress)) if self.decay == "cosine" else 1.0)
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Separate sources of chance, so that one can be varied while the others stay (class order has its own: Scenario)."""
+
+    init: int  # weights of new layers and rows
+    data: int  # order of the samples
+    memory: int  # draws of selection and resampling
+
+
+@dataclass(frozen=True)
+class TaskJob:
+    """All that determines a network after a task, except for the place and the number of workers."""
+
+    network: str
+    task: Task
+    data: Data
+    rows: tuple[Row, ...]  # of the memory, to be learned beside the task's samples
+    method: Method
+    config: NetworkConfig
+    schedule: Schedule
+    precision: Precision
+    seeds: Seeds
+    start: str | None  # the same network's checkpoint after the previous task; None on the base task
+    output: str = ""  # directory the checkpoint goes to
+    label: str = ""  # for whoever watches; not part of the result
+
+    @property
+    def num_samples(self) -> int:
+        """Clips of one epoch."""
+        return len(self.task.train) + len(self.rows)
+
+
+class DivergedError(RuntimeError):
+    """The loss is no longer a number."""
+
+
+def train_task(job: TaskJob, worker: Worker) -> None:
+    """Trains the job's network and writes its checkpoint (rank 0).
+
+    Raises InputError for a start checkpoint that does not fit the job, DivergedError where a loss term is not finite.
+    """
+    started = time.monotonic()
+    numbers = arithmetic(job.precision, worker.device)
+    split = job.data.open("train")
+    student = _student(job)
+    # Adam's state must be created for parameters that already lie where they are trained.
+    numbers.place(student)
+    model = worker.wrap(student)
+    teacher = frozen(checkpoint.load(Path(job.start)), numbers) if job.start else None
+    prepared = _prepare(job, worker, teacher, split)
+    optimiser = torch.optim.Adam(student.parameters(), lr=job.schedule.learning_rate)
+    choice = _Choice(job, worker, numbers)
+    history: list[Mapping[str, float]] = []
+    epochs = job.schedule.epochs_of(job.task)
+    for epoch in range(epochs):
+        model.train()
+        epoch_started = time.monotonic()
+        batches = _epoch(job, worker, split, epoch)
+        sums: dict[str, Tensor] = {}
+        for step, batch in enumerate(batches.loaded):
+            for group in optimiser.param_groups:
+                group["lr"] = job.schedule.rate((epoch + step / batches.steps) / epochs)
+            with numbers.autocast():
+                prediction = model(batch)
+            known = teacher(batch) if teacher else None
+            terms = global_means(job.method.loss(Step(batch, prediction, known, job.task, prepared)), worker)
+            optimiser.zero_grad(set_to_none=True)
+            # Data-parallel training averages gradients over workers; every term is already this worker's part of the mean.
+            (sum(terms.values(), start=torch.zeros((), device=worker.device)) * worker.world_size).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            for name, value in terms.items():
+                sums[name] = sums.get(name, torch.zeros((), device=worker.device)) + value.detach()
+        record = _mean_terms(sums, batches.steps, worker)
+        history.append(record)
+        if not all(math.isfinite(value) for value in record.values()):
+            raise DivergedError(f"{job.label or job.network}: loss is not finite in epoch {epoch + 1} of {epochs}: {record}")
+        choice.look(student, epoch, epochs)
+        speed = job.num_samples / (time.monotonic() - epoch_started)
+        worker.report(
+            {"kind": "epoch", "label": job.label, "epoch": epoch + 1, "epochs": epochs, "clips": job.num_samples,
+             "clips_per_second": speed, "loss": record["loss"]}
+        )  # fmt: skip
+    if worker.rank == 0:
+        about = checkpoint.About(
+            job.network,
+            job.task.num_classes,
+            asdict(job.config),
+            tuple(history),
+            clips=epochs * job.num_samples,
+            seconds=time.monotonic() - started,
+            world_size=worker.world_size,
+        )
+        checkpoint.save(Path(job.output), choice.weights or student.state_dict(), about)
+
+
+def global_means(terms: Mapping[str, Mean], worker: Worker) -> dict[str, Tensor]:
+    """This worker's additive parts of the means over all workers: local total / sum of all workers' counts."""
+    counts = torch.stack([torch.as_tensor(mean.count, dtype=torch.float32, device=worker.device) for mean in terms.values()])
+    # A mean over nothing is zero: its total is an empty sum.
+    counts = worker.all_reduce(counts.detach()).clamp(min=1e-12)
+    return {name: mean.total / counts[index] for index, (name, mean) in enumerate(terms.items())}
+
+
+def _student(job: TaskJob) -> AVSegmenter:
+    """The network to be trained: new on the base task, else the previous one with rows for the new classes."""
+    with torch.random.fork_rng(devices=[]):
+        name = f"{job.seeds.init}/{job.network}/{job.task.index}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]))
+        if job.start is None:
+            return build(job.config, job.task.num_classes, job.network)
+        about = checkpoint.read_about(Path(job.start))
+        expected = (job.network, job.task.num_old)
+        if (about.network, about.num_classes) != expected:
+            raise InputError(f"checkpoint {job.start} holds {(about.network, about.num_classes)}, task needs {expected}")
+        student = checkpoint.load(Path(job.start)).requires_grad_(True)
+        student.classifier.grow(job.task.num_classes)
+    with torch.no_grad():
+        job.method.init_new_classes(student.classifier.conv, job.task)
+    return student
+
+
+def _prepare(job: TaskJob, worker: Worker, teacher: Network | None, split: DecodedSplit) -> object:
+    if teacher is None:
+        return None
+    ids = [sample.id for sample in job.task.train][worker.rank :: worker.world_size]
+    batches = passes(split, ids, job.data.table(job.task.train_rule), job.schedule.batch_size, worker.device)
+    return job.method.prepare(teacher, batches, job.task, worker.all_reduce)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    loaded: Iterator[Batch]
+    steps: int
+
+
+def _epoch(job: TaskJob, worker: Worker, split: DecodedSplit, epoch: int) -> _Epoch:
+    """This worker's part of every batch of an epoch: the task's samples and the memory's rows, shuffled together."""
+    new, seen = job.data.table(job.task.train_rule), job.data.table(job.task.seen_rule)
+    items = [(sample.id, False) for sample in job.task.train] + [(row.sample_id, True) for row in job.rows]
+    batches = epoch_batches(items, job.schedule.batch_size, (job.seeds.data, job.task.index, epoch))
+    mine = [my_part(batch, worker.rank, worker.world_size) for batch in batches]
+
+    def load(part: Sequence[tuple[str, bool]]) -> Batch:
+        ids, rehearsed = zip(*part, strict=True)
+        return split.batch(ids, rehearsed, [seen if again else new for again in rehearsed])
+
+    return _Epoch((batch.to(worker.device) for batch in prefetch(mine, load)), len(batches))
+
+
+def _mean_terms(sums: Mapping[str, Tensor], steps: int, worker: Worker) -> dict[str, float]:
+    """Mean of each term over the epoch's steps and all workers, and of their sum under the name "loss"."""
+    values = (worker.all_reduce(torch.stack(list(sums.values()))) / steps).tolist()
+    return {"loss": sum(values), **dict(zip(sums, values, strict=True))}
+
+
+class _Choice:
+    """Keeps the weights of the best late epoch where the schedule asks for it (the CMR release's model selection)."""
+
+    def __init__(self, job: TaskJob, worker: Worker, numbers: Arithmetic) -> None:
+        self.weights: dict[str, Tensor] = {}
+        self._best = -1.0
+        self._job, self._worker, self._numbers = job, worker, numbers
+
+    def look(self, student: nn.Module, epoch: int, epochs: int) -> None:
+        job, worker = self._job, self._worker
+        if job.schedule.selection == "last" or epoch + 1 <= job.schedule.selection_from * epochs:
+            return
+        split = job.data.open("val")
+        ids = split.sample_ids[worker.rank :: worker.world_size]
+        batches = passes(split, ids, job.data.table(job.task.current_rule), job.schedule.batch_size, worker.device)
+        student.eval()
+        with torch.no_grad():
+            counts = worker.all_reduce(count(_running(student, self._numbers), batches, job.task.num_classes, worker.device))
+        score = float(iou(counts.cpu())[job.task.new_classes.start :].nanmean())
+        if score > self._best:
+            self._best = score
+            self.weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+
+def _running(model: nn.Module, numbers: Arithmetic) -> Network:
+    """A network that is still being trained, read in the job's arithmetic."""
+
+    def network(batch: Batch) -> object:
+        with numbers.autocast():
+            return model(batch)
+
+    return network  # type: ignore[return-value]
