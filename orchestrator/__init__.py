@@ -1,0 +1,1 @@
+"""The logistics: Ray, Optuna, MLflow, storage and the command line around `cavs_model`."""

@@ -1,0 +1,254 @@
+"""An experiment as one frozen value, and its one vocabulary: the dotted field path.
+
+`method.base.pod_weight` is at once the command-line override (`--set`), the Optuna parameter and the MLflow parameter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import pkgutil
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import cavs_model.datasets
+import cavs_model.methods
+from cavs_model.datasets.base import Benchmark
+from cavs_model.datasets.collage import Collage
+from cavs_model.errors import InputError, unknown
+from cavs_model.methods.base import Method
+from cavs_model.methods.cmr import CMR
+from cavs_model.networks.av_segmenter import NetworkConfig
+from cavs_model.scenario import Scenario
+from cavs_model.train import Schedule, Seeds
+from cavs_model.worker import PRECISIONS, Precision
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one training job of one network asks of the cluster. Never changes the result."""
+
+    workers: int = 1  # data-parallel processes
+    cpus_per_worker: int = 1
+    gpus_per_worker: float = 0.0  # may be a fraction; 0 trains on CPU
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise InputError(f"resources.workers must be at least 1, not {self.workers}")
+        if self.cpus_per_worker < 1:
+            raise InputError(f"resources.cpus_per_worker must be at least 1, not {self.cpus_per_worker}")
+        if not (0 <= self.gpus_per_worker <= 1 or float(self.gpus_per_worker).is_integer()):
+            raise InputError(f"resources.gpus_per_worker must be a fraction up to 1 or whole, not {self.gpus_per_worker}")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything that determines a run: a search space with no free knob."""
+
+    benchmark: Benchmark = field(default_factory=Collage)
+    scenario: Scenario = field(default_factory=Scenario)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    method: Method = field(default_factory=CMR)
+    schedule: Schedule = field(default_factory=Schedule)
+    precision: Precision = "auto"  # bf16 where the hardware has it
+    seeds: tuple[int, ...] = (0,)  # one stream each
+    init_seed: int | None = None  # None: the stream's seed, here and in the next two
+    data_seed: int | None = None
+    memory_seed: int | None = None
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise InputError(f"seeds must be distinct and not negative, at least one: {self.seeds}")
+        if self.precision not in PRECISIONS:
+            raise unknown("precision", self.precision, PRECISIONS)
+
+    def seeds_of(self, seed: int) -> Seeds:
+        """The sources of chance of the stream with this seed."""
+        return Seeds(
+            init=seed if self.init_seed is None else self.init_seed,
+            data=seed if self.data_seed is None else self.data_seed,
+            memory=seed if self.memory_seed is None else self.memory_seed,
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A metric that a search optimises."""
+
+    metric: str = "val/miou/all"
+    mode: typing.Literal["max", "min"] = "max"
+
+
+class Trial(typing.Protocol):
+    """What a search space may ask of a trial (Optuna's own trials fit)."""
+
+    def suggest_int(self, name: str, low: int, high: int, *, step: int = ..., log: bool = ...) -> int: ...
+
+    def suggest_float(self, name: str, low: float, high: float, *, step: float | None = ..., log: bool = ...) -> float: ...
+
+    def suggest_categorical(self, name: str, choices: Any) -> Any: ...
+
+
+def members(package: types.ModuleType, base: type) -> dict[str, type]:
+    """File name -> the concrete subclass of `base` that the file defines, for every file of a package."""
+    found: dict[str, type] = {}
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        for value in vars(module).values():
+            if (
+                isinstance(value, type)
+                and issubclass(value, base)
+                and value is not base
+                and value.__module__ == module.__name__
+            ):
+                found[info.name] = value
+    return found
+
+
+def choices_of(kind: type) -> dict[str, type] | None:
+    """The classes that may stand in a field of this type by the name of their file, or None for an ordinary type."""
+    if kind is Method:
+        return members(cavs_model.methods, Method)
+    if kind is Benchmark:
+        return members(cavs_model.datasets, Benchmark)
+    return None
+
+
+def file_name(value: Method | Benchmark) -> str:
+    """The name by which a method or benchmark is chosen: that of its file, such as "plop"."""
+    return type(value).__module__.rsplit(".", 1)[-1]
+
+
+def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment with fields replaced by dotted path; values are typed ones, or text as on the command line.
+
+    Shorter paths are applied first, so that `method=cmr` and `method.samples_per_class=3` go together in any order.
+    InputError for an unknown path (with the nearest and all valid ones) or a value of the wrong type.
+    """
+    for path in sorted(changes, key=lambda path: (path.count("."), path)):
+        experiment = _replaced(experiment, path, path.split("."), changes[path])
+    return experiment
+
+
+def parse_assignments(assignments: typing.Sequence[str]) -> dict[str, str]:
+    """`["a.b=1", ...]` as a mapping. InputError for text without "="."""
+    changes: dict[str, str] = {}
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        if not equals or not path:
+            raise InputError(f'--set {text!r}: write path=value, for example "method.samples_per_class=3"')
+        changes[path.strip()] = value.strip()
+    return changes
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted path -> plain value of every field; a method's or benchmark's own path holds the name of its file."""
+    flat: dict[str, Any] = {}
+    for item in dataclasses.fields(value):
+        path, content = f"{prefix}{item.name}", getattr(value, item.name)
+        if isinstance(content, (Method, Benchmark)):
+            flat[path] = file_name(content)
+        if dataclasses.is_dataclass(content):
+            flat.update(flatten(content, f"{path}."))
+        else:
+            flat[path] = content
+    return flat
+
+
+def fingerprint(value: Any) -> str:
+    """A hex digest of a value made of dataclasses, mappings, sequences and plain values; the same in every process."""
+    return hashlib.sha256(json.dumps(plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON types; a dataclass becomes its class name and fields. TypeError for anything else."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {"class": type(value).__name__, **fields}
+    if isinstance(value, Mapping):
+        return {str(key): plain(content) for key, content in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(content) for content in value]
+    if isinstance(value, range):
+        return [value.start, value.stop, value.step]
+    if value is None or isinstance(value, (str, int, float, bool)):
+        return value
+    raise TypeError(f"cannot be written as JSON: {type(value).__name__}")
+
+
+def _replaced(value: Any, path: str, parts: list[str], new: Any) -> Any:
+    name, rest = parts[0], parts[1:]
+    hints = typing.get_type_hints(type(value))
+    names = [item.name for item in dataclasses.fields(value)]
+    if name not in names:
+        prefix = path.split(".")[: -len(parts)]
+        valid = [".".join([*prefix, n]) for n in names]
+        close = difflib.get_close_matches(".".join([*prefix, name]), valid, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise InputError(f"unknown field {path!r}{hint}; the fields of {type(value).__name__} are: {', '.join(valid)}")
+    current = getattr(value, name)
+    if rest:
+        if not dataclasses.is_dataclass(current):
+            raise InputError(f"unknown field {path!r}: {'.'.join(path.split('.')[: -len(rest)])} has no fields of its own")
+        return _rebuilt(value, name, _replaced(current, path, rest, new), path)
+    return _rebuilt(value, name, _typed(new, hints[name], path), path)
+
+
+def _rebuilt(value: Any, name: str, new: Any, path: str) -> Any:
+    try:
+        return dataclasses.replace(value, **{name: new})
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _typed(new: Any, kind: Any, path: str) -> Any:
+    """The value as the field's type wants it. InputError that names the path, the value and what would be valid."""
+    choices = choices_of(kind) if isinstance(kind, type) else None
+    if choices is not None:
+        if isinstance(new, kind):
+            return new
+        if new not in choices:
+            raise unknown(path, new, sorted(choices))
+        return choices[new]()
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if new is None or (type(None) in arguments and new in ("none", "None", "")):
+            return None
+        return _typed(new, next(argument for argument in arguments if argument is not type(None)), path)
+    if origin is typing.Literal:
+        for argument in arguments:
+            if new == argument or (isinstance(new, str) and new == str(argument)):
+                return argument
+        raise unknown(path, new, arguments)
+    if origin is tuple:
+        parts = [part for part in new.split(",") if part] if isinstance(new, str) else list(new)
+        return tuple(_typed(part, arguments[0], path) for part in parts)
+    if kind is bool:
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if isinstance(new, bool):
+            return new
+        if isinstance(new, str) and new.lower() in words:
+            return words[new.lower()]
+        raise InputError(f"{path} must be true or false, not {new!r}")
+    if kind in (int, float):
+        try:
+            number = kind(new)
+        except (TypeError, ValueError):
+            number = None
+        if number is None or isinstance(new, bool) or (kind is int and isinstance(new, float) and new != number):
+            raise InputError(f"{path} must be {'a whole number' if kind is int else 'a number'}, not {new!r}")
+        if number != number or number in (float("inf"), float("-inf")):
+            raise InputError(f"{path} must be finite, not {new!r}")
+        return number
+    if kind is str:
+        return str(new)
+    if isinstance(kind, type) and isinstance(new, kind):
+        return new
+    raise InputError(f"{path} cannot be set as a whole; set one of its fields: {path}.<field>")

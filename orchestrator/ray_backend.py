@@ -1,0 +1,329 @@
+"""The backend's verbs on a Ray cluster: Ray Train for training, Ray tasks for data, scores and evaluation.
+
+One fit per task and network: nothing of a fit lives between the tasks of a stream, where a search may stop the trial.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cavs_model import checkpoint
+from cavs_model.checkpoint import About, Checkpoint
+from cavs_model.datasets import cache
+from cavs_model.datasets.base import Benchmark
+from cavs_model.errors import InputError
+from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
+from cavs_model.train import TaskJob, train_task
+from cavs_model.types import ScoreTable
+from cavs_model.worker import default_device, synchronise_batch_norm
+from orchestrator.experiment import Resources
+from orchestrator.progress import Event
+
+CONTROLLER_FAILURES = 3  # the default is unlimited: a fit that can never start would be tried for ever
+CHUNK_SECONDS = 1.0  # shorter Ray tasks cost more to hand out than to do
+SCORING_SPEEDUP = 3.0  # a pass without gradients against a training pass, roughly
+WORKER_ENVIRONMENT = {
+    # At the default poll interval of two seconds a fit takes ten seconds more than its work.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # A second network waits for the workers of the first where both do not fit; that is no failure.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    # Large tensors are otherwise mapped from the system and faulted in anew at every step: 7 % of a step on CPU, and more.
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2147483648",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The cluster a driver is connected to."""
+
+    address: str
+    cpus: float
+    gpus: float
+    dashboard: str
+    started_here: bool
+
+    def describe(self) -> str:
+        """The cluster in a line."""
+        kind = "started a local Ray cluster" if self.started_here else f"joined the Ray cluster at {self.address}"
+        dashboard = f", dashboard http://{self.dashboard}" if self.dashboard else ""
+        return f"{kind} ({self.cpus:g} CPUs, {self.gpus:g} GPUs{dashboard})"
+
+    def concurrent_jobs(self, resources: Resources) -> int:
+        """Training jobs that fit at once. InputError that names the limiting resource where not even one does."""
+        needs = {
+            "CPU": (resources.workers * resources.cpus_per_worker, self.cpus),
+            "GPU": (resources.workers * resources.gpus_per_worker, self.gpus),
+        }
+        for name, (wanted, there) in needs.items():
+            if wanted > there:
+                raise InputError(
+                    f"resources: {resources.workers} workers need {wanted:g} {name}s, the cluster has {there:g}; "
+                    "lower resources.workers (or cpus_per_worker, gpus_per_worker) or add nodes"
+                )
+        return min(int(there // wanted) for wanted, there in needs.values() if wanted)
+
+
+def in_cluster() -> bool:
+    """Whether a cluster is there to be joined: RAY_ADDRESS is set, by the user or by the job this process belongs to."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def resources() -> Mapping[str, float]:
+    """What the connected cluster has in all, such as {"CPU": 2.0}."""
+    return dict(ray.cluster_resources())  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def connected(environment: Mapping[str, str], verbose: bool = False) -> Iterator[Cluster]:
+    """Joins the cluster at RAY_ADDRESS, or starts a local one with dashboard and token that ends with the block.
+
+    `environment` are variables that every worker gets: a driver's own do not reach them.
+    """
+    started_here = not in_cluster()
+    variables = {**WORKER_ENVIRONMENT, **environment}
+    os.environ.update(WORKER_ENVIRONMENT)  # the driver itself may start a fit
+    try:
+        context = ray.init(
+            address="local" if started_here else os.environ["RAY_ADDRESS"],
+            runtime_env={"env_vars": variables},
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.WARNING,
+            include_dashboard=True if started_here else None,
+        )
+    except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
+        where = "start a local Ray cluster" if started_here else f"join the Ray cluster at {os.environ['RAY_ADDRESS']}"
+        raise InputError(f"cannot {where}: {error}") from error
+    try:
+        there = resources()
+        yield Cluster(
+            ray.get_runtime_context().gcs_address,
+            there.get("CPU", 0.0),
+            there.get("GPU", 0.0),
+            context.dashboard_url or "",
+            started_here,
+        )
+    finally:
+        ray.shutdown()
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """Where trials and workers leave events for the one process that prints and logs them."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._numbers: dict[str, int] = {}
+
+    def post(self, event: Event) -> None:
+        self._events.append(event)
+
+    def drain(self) -> list[Event]:
+        """The events since the last call, in order of arrival."""
+        events, self._events = self._events, []
+        return events
+
+    def number(self, trial: str) -> int:
+        """1, 2, 3, ... in the order in which trials first ask; the same number when a trial asks again."""
+        return self._numbers.setdefault(trial, len(self._numbers) + 1)
+
+
+@dataclass(frozen=True)
+class RayWorker:
+    """One worker of a Ray Train group."""
+
+    mailbox: Any = None
+
+    @property
+    def rank(self) -> int:
+        return int(ray.train.get_context().get_world_rank())
+
+    @property
+    def world_size(self) -> int:
+        return int(ray.train.get_context().get_world_size())
+
+    @property
+    def device(self) -> torch.device:
+        return ray.train.torch.get_device()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.world_size == 1:
+            return model
+        model = synchronise_batch_norm(model, self.device)
+        # Batch statistics are the same everywhere already: nothing to broadcast before each step.
+        return DistributedDataParallel(
+            model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+        )
+
+    def all_reduce(self, value: Tensor) -> Tensor:
+        if self.world_size == 1:
+            return value
+        total = value.to(self.device, copy=True)  # NCCL takes no CPU tensors
+        torch.distributed.all_reduce(total)
+        return total.to(value.device)
+
+    def report(self, record: Event) -> None:
+        if self.mailbox is not None and self.rank == 0:
+            self.mailbox.post.remote(dict(record))
+
+
+@dataclass(frozen=True)
+class RayBackend:
+    """The verbs on the connected cluster. `cache_root` and `scratch` must be readable from every node. Pickles."""
+
+    cache_root: Path
+    scratch: Path
+    resources: Resources
+    mailbox: Any = None
+
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
+        cache.build(benchmark, splits, self.cache_root, self._map_blocks)
+        return str(self.cache_root)
+
+    def train(self, jobs: Sequence[TaskJob]) -> list[str]:
+        with ThreadPoolExecutor(len(jobs), thread_name_prefix="fit") as pool:
+            return list(pool.map(self._fit, jobs))
+
+    def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
+        models = {network: checkpoint.read(Path(path)) for network, path in checkpoints.items()}
+        chunks = self._chunks(_score, ray.put(job), job.sample_ids, job.batch_size, models, job.label)
+        return ScoreTable.concatenate(chunks)
+
+    def evaluate(self, job: EvaluateJob, checkpoint_path: str) -> np.ndarray:
+        models = {"": checkpoint.read(Path(checkpoint_path))}
+        chunks = self._chunks(_evaluate, ray.put(job), job.sample_ids, job.batch_size, models, job.label)
+        counts: np.ndarray = np.sum(chunks, axis=0)
+        return counts
+
+    def about(self, checkpoint_path: str) -> About:
+        return checkpoint.read_about(Path(checkpoint_path))
+
+    def _fit(self, job: TaskJob) -> str:
+        mailbox, threads = self.mailbox, self.resources.cpus_per_worker
+
+        def loop() -> None:
+            torch.set_num_threads(threads)
+            train_task(job, RayWorker(mailbox))
+
+        per_worker = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
+        name = Path(job.output).name.strip(".")
+        trainer = ray.train.torch.TorchTrainer(
+            loop,
+            scaling_config=ScalingConfig(
+                num_workers=self.resources.workers,
+                use_gpu=self.resources.gpus_per_worker > 0,
+                resources_per_worker={kind: amount for kind, amount in per_worker.items() if amount},
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(self.scratch),
+                failure_config=FailureConfig(max_failures=1, controller_failure_limit=CONTROLLER_FAILURES),  # type: ignore[call-arg]
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            raise _cause(error) from error
+        finally:
+            shutil.rmtree(self.scratch / name, ignore_errors=True)
+        return job.output
+
+    def _map_blocks(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        """Applies a function to jobs in Ray tasks, in any order of work; results in the order of the jobs."""
+        task = ray.remote(scheduling_strategy="DEFAULT", num_cpus=1)(function)
+        references = [task.remote(job) for job in jobs]
+        for reference in references:
+            yield _get(reference)
+
+    def _chunks(
+        self,
+        task: Any,
+        job: Any,
+        sample_ids: Sequence[str],
+        batch_size: int,
+        models: Mapping[str, Checkpoint],
+        label: str,
+    ) -> list[Any]:
+        """Runs a task on chunks of whole batches; results in order. Weights and job lie in the object store once."""
+        size = self._chunk_clips([model.about for model in models.values()], len(sample_ids), batch_size)
+        chunks = [tuple(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        weights = ray.put(dict(models))
+        gpus = self.resources.gpus_per_worker
+        # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
+        options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
+        references = [options.remote(job, weights, chunk) for chunk in chunks]
+        try:
+            return [_get(reference) for reference in references]
+        except BaseException:
+            for reference in references:  # nobody waits for the others any more
+                ray.cancel(reference)
+            raise
+
+    def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
+        """Clips of one chunk: whole batches, two for every core, but never less than a second of work."""
+        per_clip = sum(about.seconds * about.world_size / max(about.clips, 1) for about in abouts) / SCORING_SPEEDUP
+        slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
+        wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
+        return max(1, -(-int(wanted) // batch_size)) * batch_size
+
+
+@ray.remote
+def _score(job: ScoreJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str]) -> ScoreTable:
+    torch.set_num_threads(1)
+    return score_samples(job, models, sample_ids, default_device())
+
+
+@ray.remote
+def _evaluate(job: EvaluateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str]) -> np.ndarray:
+    torch.set_num_threads(1)
+    return evaluate(job, models[""], sample_ids, default_device())
+
+
+def _get(reference: Any) -> Any:
+    """The task's result; an InputError in the task is raised as itself."""
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, InputError):
+            raise error.cause from error
+        raise
+
+
+def _cause(error: TrainingFailedError) -> BaseException:
+    """The worker's own error where the user can mend it, else the failure as Ray tells it."""
+    if isinstance(error, WorkerGroupError):
+        for failure in error.worker_failures.values():
+            inner = getattr(failure, "cause", None) or failure
+            if isinstance(inner, InputError):
+                return inner
+    return error
+
+
+def drain(mailbox: Any) -> list[Event]:
+    """The events that arrived since the last call."""
+    return list(ray.get(mailbox.drain.remote()))
+
+
+def new_mailbox() -> Any:
+    """A mailbox beside the driver."""
+    return Mailbox.remote()  # type: ignore[attr-defined]

@@ -1,0 +1,88 @@
+"""`python -m orchestrator.run`: the streams of one experiment, with no free knob."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from orchestrator import cli
+from orchestrator.experiment import Experiment, file_name
+from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import Progress, Watcher, clip_passes
+from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.store import StoredBackend
+from orchestrator.stream import Backend, run_stream
+from orchestrator.tracker import Tracker, record_of, tracking_uri
+
+
+def run() -> int:
+    """The verb."""
+    made = cli.parser("run", "Run the streams of one experiment: the space's base with the overrides given.")
+    made.add_argument("--name", default=None, help="name of the runs in MLflow (method and setting)")
+    made.add_argument(
+        "--test", action="store_true", help="evaluate the test splits too: only for a configuration that is settled"
+    )
+    made.add_argument("--local", action="store_true", help="in this process, without Ray")
+    arguments = made.parse_args()
+    _, experiment = cli.experiment_of(arguments)
+    outputs = cli.outputs_folder(arguments.outputs)
+    experiment.benchmark.check()
+    tracking = tracking_uri(outputs)
+    tracker = Tracker(tracking, outputs / "artifacts")
+    splits = [
+        split for split in experiment.benchmark.splits() if split == "val" or (arguments.test and split.startswith("test"))
+    ]
+    progress = Progress(sys.stdout, clip_passes(experiment), experiment.seeds, trials=1)
+    name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
+
+    if arguments.local:
+        _streams(
+            experiment,
+            splits,
+            LocalBackend(outputs / "data", experiment.resources.cpus_per_worker, progress),
+            outputs,
+            tracker,
+            progress,
+            name,
+        )
+    else:
+        with connected(cli.worker_environment(tracking), arguments.verbose) as cluster:
+            progress.line(cluster.describe())
+            cluster.concurrent_jobs(experiment.resources)
+            backend = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
+            watcher = Watcher(lambda: drain(backend.mailbox), progress, progress.heartbeat)
+            watcher.start()
+            _streams(experiment, splits, backend, outputs, tracker, progress, name)
+            watcher.stop()
+    print(f"MLflow: {tracker.open_hint}", flush=True)
+    return 0
+
+
+def _streams(
+    experiment: Experiment,
+    splits: Sequence[str],
+    backend: Backend,
+    outputs: Path,
+    tracker: Tracker,
+    progress: Progress,
+    name: str,
+) -> None:
+    store = StoredBackend(
+        backend, outputs / "store", on_wait=lambda what: progress.line(f"waiting for another process: {what}")
+    )
+    for seed in experiment.seeds:
+        run_id = tracker.stream(experiment, seed, f"{name} seed {seed}")
+        try:
+            for outcome in run_stream(experiment, seed, store, splits):
+                tracker.record(run_id, record_of(outcome))
+                task = {"kind": "task", "trial": 1, "seed": seed, "task": outcome.task.index}
+                progress({**task, "label": name, "text": outcome.headline()})
+        except BaseException as error:
+            tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        tracker.end(run_id)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(run))

@@ -1,0 +1,250 @@
+"""Outcomes by fingerprint: nothing that was computed once is computed again, by any trial, method or sweep.
+
+`StoredBackend` speaks the backend's verbs and looks each outcome up before it asks the backend behind it. An outcome's
+address is a hash of all that can influence it: the job's own inputs, the addresses of the checkpoints it starts from, the
+knobs of the method that act in its stage, and the code of `cavs_model`. Place and number of workers are not part of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import cavs_model
+from cavs_model import checkpoint
+from cavs_model.checkpoint import About
+from cavs_model.datasets.base import Benchmark
+from cavs_model.errors import InputError
+from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.methods.base import acting
+from cavs_model.train import TaskJob
+from cavs_model.types import ScoreTable
+from orchestrator.experiment import fingerprint, plain
+from orchestrator.stream import Backend
+
+FORMAT = 1
+LOCK_POLL_SECONDS = 0.2
+
+
+@lru_cache(maxsize=1)
+def code_version() -> str:
+    """A digest of the science's source: numbers made by other code are other numbers."""
+    digest = hashlib.sha256()
+    root = Path(cavs_model.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _data_key(data: Data) -> dict[str, Any]:
+    return {"benchmark": data.benchmark.fingerprint(), "order": data.learned_order}
+
+
+def train_key(job: TaskJob) -> str:
+    """The address of a trained network."""
+    return _address(
+        "train",
+        {
+            "network": job.network,
+            "task": job.task,
+            "data": _data_key(job.data),
+            "rows": [(row.sample_id, row.class_id) for row in job.rows],
+            "method": acting(job.method, "train"),
+            "config": job.config,
+            "schedule": job.schedule,
+            "epochs": job.schedule.epochs_of(job.task),
+            "precision": job.precision,
+            "seeds": [job.seeds.init, job.seeds.data],
+            "start": Path(job.start).name if job.start else None,
+        },
+    )
+
+
+def score_key(job: ScoreJob, checkpoints: Mapping[str, str]) -> str:
+    """The address of a score table."""
+    return _address(
+        "score",
+        {
+            "stage": job.stage,
+            "method": acting(job.method, "score_before" if job.stage == "before" else "score_after"),
+            "task": job.task,
+            "data": _data_key(job.data),
+            "batch_size": job.batch_size,
+            "precision": job.precision,
+            "checkpoints": {network: Path(path).name for network, path in checkpoints.items()},
+        },
+    )
+
+
+def evaluate_key(job: EvaluateJob, path: str) -> str:
+    """The address of confusion counts."""
+    return _address(
+        "counts",
+        {
+            "split": job.split,
+            "samples": job.sample_ids,
+            "rule": job.rule,
+            "num_classes": job.num_classes,
+            "data": _data_key(job.data),
+            "batch_size": job.batch_size,
+            "precision": job.precision,
+            "checkpoint": Path(path).name,
+        },
+    )
+
+
+def _address(kind: str, inputs: Mapping[str, Any]) -> str:
+    return fingerprint({"format": FORMAT, "code": code_version(), "kind": kind, **plain(inputs)})[:40]
+
+
+@dataclass
+class Reuse:
+    """How much of the work asked for was done already. Seconds are those of the workers that did it, once."""
+
+    computed: int = 0
+    reused: int = 0
+    computed_seconds: float = 0.0
+    reused_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StoredBackend:
+    """A backend that remembers. InputError where `root` cannot be written."""
+
+    backend: Backend
+    root: Path
+    on_wait: Callable[[str], None] = lambda label: None
+    reuse: Reuse = field(default_factory=Reuse)
+
+    def __post_init__(self) -> None:
+        for name in ("networks", "scores", "counts", "locks"):
+            try:
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"cannot write the store {self.root}: {error.strerror}") from error
+
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
+        with self._locked(f"data-{benchmark.fingerprint()[:40]}", f"data of {benchmark.name}"):
+            return self.backend.prepare(benchmark, splits)
+
+    def train(self, jobs: Sequence[TaskJob]) -> list[str]:
+        folders = {train_key(job): (self.root / "networks" / train_key(job), job) for job in jobs}
+        with ExitStack() as locks:
+            # In sorted order, so that two trials that want the same two networks never wait for each other.
+            for key in sorted(folders):
+                if not _complete(folders[key][0]):
+                    locks.enter_context(self._locked(key, folders[key][1].label))
+            missing = [(folder, job) for folder, job in folders.values() if not _complete(folder)]
+            partial = [folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for folder, _ in missing]
+            try:
+                if missing:
+                    named = zip(missing, partial, strict=True)
+                    self.backend.train([replace(job, output=str(target)) for (_, job), target in named])
+                for (folder, _), target in zip(missing, partial, strict=True):
+                    os.replace(target, folder)
+            finally:
+                for target in partial:
+                    shutil.rmtree(target, ignore_errors=True)
+        for folder, _ in folders.values():
+            about = checkpoint.read_about(folder)
+            self._count(folder not in [folder for folder, _ in missing], about.seconds * about.world_size)
+        return [str(folder) for folder, _ in folders.values()]
+
+    def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
+        def compute() -> dict[str, Any]:
+            table = self.backend.score(job, checkpoints)
+            return {"sample_ids": table.sample_ids, "columns": {name: list(c) for name, c in table.columns.items()}}
+
+        entry = self._json("scores", score_key(job, checkpoints), job.label, compute)
+        columns = {name: tuple(column) for name, column in entry["columns"].items()}
+        return ScoreTable(tuple(entry["sample_ids"]), columns)
+
+    def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
+        def compute() -> dict[str, Any]:
+            return {"counts": self.backend.evaluate(job, checkpoint).tolist()}
+
+        return np.array(self._json("counts", evaluate_key(job, checkpoint), job.label, compute)["counts"], dtype=np.int64)
+
+    def about(self, checkpoint: str) -> About:
+        return self.backend.about(checkpoint)
+
+    def _json(self, kind: str, key: str, label: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """An outcome kept as one JSON file {"seconds": ..., "value": ...}."""
+        path = self.root / kind / f"{key}.json"
+        if not path.exists():
+            with self._locked(key, label):
+                if not path.exists():
+                    started = time.monotonic()
+                    value = compute()
+                    seconds = time.monotonic() - started
+                    write_atomically(path, json.dumps({"seconds": seconds, "value": value}).encode())
+                    self._count(False, seconds)
+                    return value
+        try:
+            entry = json.loads(path.read_text())
+            seconds, value = float(entry["seconds"]), entry["value"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"damaged store entry {path}: {error}; delete it to have it computed again") from error
+        self._count(True, seconds)
+        return dict(value)
+
+    def _count(self, reused: bool, seconds: float) -> None:
+        if reused:
+            self.reuse.reused += 1
+            self.reuse.reused_seconds += seconds
+        else:
+            self.reuse.computed += 1
+            self.reuse.computed_seconds += seconds
+
+    @contextmanager
+    def _locked(self, key: str, label: str) -> Iterator[None]:
+        """Holds an outcome's lock, so that who needs it too waits instead of computing it again.
+
+        The kernel releases the lock of a process that dies, whatever kills it.
+        """
+        descriptor = os.open(self.root / "locks" / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            waited = False
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not waited:
+                        self.on_wait(label)
+                    waited = True
+                    time.sleep(LOCK_POLL_SECONDS)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The whole file or none of it, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _complete(folder: Path) -> bool:
+    return (folder / checkpoint.ABOUT).exists()

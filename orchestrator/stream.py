@@ -1,0 +1,138 @@
+"""The continual protocol (CMR, sections 3 and 4), task after task. Knows no Ray and no MLflow: the backend does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from cavs_model.checkpoint import About
+from cavs_model.datasets.base import Benchmark
+from cavs_model.datasets.cache import record_type
+from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.methods.finetune import Finetune
+from cavs_model.metrics import summary
+from cavs_model.train import Seeds, TaskJob
+from cavs_model.types import AUDIO_VISUAL, Memory, Rehearsal, ScoreTable, State, Task
+from orchestrator.experiment import Experiment
+
+
+class Backend(Protocol):
+    """Who does the work. The same verbs in this process and on a cluster, with the same results."""
+
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
+        """Renders or decodes what is missing of the splits; the absolute path of the cache."""
+
+    def train(self, jobs: Sequence[TaskJob]) -> list[str]:
+        """Trains the networks of one task, side by side where resources allow; their checkpoints' directories."""
+
+    def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
+        """Scores the task's samples, in the job's order, with the networks in these directories."""
+
+    def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
+        """Confusion counts int64 [C C]."""
+
+    def about(self, checkpoint: str) -> About:
+        """What a checkpoint says of itself."""
+
+
+@dataclass(frozen=True)
+class TaskOutcome:
+    """Everything a task left behind. `counts` maps a split to its confusion counts int64 [C C]."""
+
+    seed: int
+    task: Task
+    num_tasks: int
+    class_names: tuple[str, ...]  # learned order, background first
+    num_base: int  # classes of the base task, background included
+    state: State
+    before: ScoreTable | None
+    rehearsal: Rehearsal
+    after: ScoreTable | None
+    trained: Mapping[str, About]
+    counts: Mapping[str, np.ndarray]
+    memory_bytes: int
+    first_epoch: int  # epochs of the tasks before: losses of all tasks form one curve
+
+    @property
+    def is_last(self) -> bool:
+        return self.task.index == self.num_tasks - 1
+
+    def metrics(self) -> dict[str, float]:
+        """ "<split>/miou/all" and so on, for every evaluated split."""
+        return {
+            f"{split}/{name}": value
+            for split, counts in self.counts.items()
+            for name, value in summary(torch.from_numpy(counts), self.num_base).items()
+        }
+
+    def headline(self) -> str:
+        """The outcome in a line."""
+        shown = {name: value for name, value in self.metrics().items() if name.endswith(("/all", "/old", "/new"))}
+        numbers = " ".join(f"{name} {value:.4f}" for name, value in shown.items())
+        return f"seed {self.seed} task {self.task.index + 1}/{self.num_tasks} learned, {numbers}"
+
+
+def run_stream(
+    experiment: Experiment, seed: int, backend: Backend, splits: Sequence[str] = ("val",), label: str = ""
+) -> Iterator[TaskOutcome]:
+    """Learns the experiment's tasks one after another and yields after each. `splits` are evaluated after every task."""
+    benchmark, scenario, method, schedule = experiment.benchmark, experiment.scenario, experiment.method, experiment.schedule
+    tasks, seeds = scenario.tasks(benchmark), experiment.seeds_of(seed)
+    order = scenario.learned_order(benchmark)
+    needed = {"train", *splits, *(["val"] if schedule.selection == "best_val" else [])}
+    data = Data(benchmark, backend.prepare(benchmark, sorted(needed)), order)
+    common = (data, schedule.batch_size, experiment.precision)
+    state = State()
+    for task in tasks:
+        name = f"{label}seed {seed} task {task.index + 1}/{len(tasks)}"
+        last, known = task is tasks[-1], {AUDIO_VISUAL: state.checkpoints[AUDIO_VISUAL]} if state.checkpoints else {}
+
+        # What to learn again: collisions of the old model with the new data decide (CSR).
+        rehearses = method.remembers and not task.is_base
+        before = None
+        if rehearses and method.scores_before:
+            before = backend.score(ScoreJob("before", method, task, *common, f"{name} collisions"), known)
+        rehearsal = method.rehearse(before, state.memory, task, chance(seeds, task, 0)) if rehearses else Rehearsal()
+
+        # On the base task every method is plain cross-entropy, so all of them share its networks.
+        learner = Finetune() if task.is_base else method
+        networks = (AUDIO_VISUAL,) if last else method.networks
+        jobs = [
+            TaskJob(network, task, data, rehearsal.rows, learner, experiment.network, schedule, experiment.precision,
+                    seeds, state.checkpoints.get(network), label=f"{name} {network}")
+            for network in networks
+        ]  # fmt: skip
+        checkpoints = dict(zip(networks, backend.train(jobs), strict=True))
+
+        # What to keep: the samples whose prediction the sound changes least (MSS). Nobody asks after the last task.
+        memory, after = state.memory, None
+        if method.remembers and not last:
+            if method.scores_after:
+                after = backend.score(ScoreJob("after", method, task, *common, f"{name} consistency"), checkpoints)
+            memory = method.remember(after, memory, task, chance(seeds, task, 1))
+        state = State(checkpoints, memory)
+
+        counts = {}
+        for split in splits:
+            ids = tuple(sample.id for sample in benchmark.samples(split))
+            job = EvaluateJob(split, ids, task.seen_rule, task.num_classes, *common, f"{name} {split}")
+            counts[split] = backend.evaluate(job, checkpoints[AUDIO_VISUAL])
+        yield TaskOutcome(
+            seed, task, len(tasks), ("background", *order), tasks[0].num_classes, state, before, rehearsal, after,
+            {network: backend.about(path) for network, path in checkpoints.items()}, counts,
+            memory_bytes(benchmark, memory), sum(schedule.epochs_of(earlier) for earlier in tasks[: task.index]),
+        )  # fmt: skip
+
+
+def chance(seeds: Seeds, task: Task, stage: int) -> np.random.Generator:
+    """A source of draws for one stage of one task, so that draws of one stage never shift those of another."""
+    return np.random.default_rng([seeds.memory, task.index, stage])
+
+
+def memory_bytes(benchmark: Benchmark, memory: Memory) -> int:
+    """Bytes of the distinct clips a memory holds, decoded."""
+    return len(memory.sample_ids) * record_type(benchmark).itemsize

@@ -1,0 +1,220 @@
+"""MLflow: runs, parameters, batched metrics, artifacts. The only module that imports mlflow.
+
+One process writes, the driver: trials send it their records. A sweep is a parent run (tag kind=sweep), each trial its child
+(kind=trial), each seed's stream a grandchild (kind=stream). A metric's step is the task, or the epoch under `train/`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.tracking import MlflowClient
+
+from cavs_model.errors import InputError
+from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
+from orchestrator.stream import TaskOutcome
+
+EXPERIMENT = "cavs"
+METRICS_A_REQUEST = 1000  # limits of MLflow's log_batch
+PARAMS_A_REQUEST = 100
+PARAM_CHARACTERS = 6000
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one task of a stream has to log: plain values, so that it travels from a trial to the driver."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)  # step = task
+    losses: tuple[tuple[str, float, int], ...] = ()  # (name, value, epoch over all tasks)
+    task: int = 0
+    artifacts: Mapping[str, Any] = field(default_factory=dict)  # path -> JSON value
+
+
+def record_of(outcome: TaskOutcome) -> Record:
+    """The record of a task."""
+    folder, names = f"task_{outcome.task.index}", outcome.class_names
+    metrics = outcome.metrics()
+    # Unprefixed names are the validation split's: it is the one that chooses, and every run has it.
+    metrics.update({name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")})
+    metrics["memory/rows"] = float(len(outcome.state.memory.rows))
+    metrics["memory/bytes"] = float(outcome.memory_bytes)
+    metrics["cost/worker_seconds"] = sum(about.seconds * about.world_size for about in outcome.trained.values())
+    losses = tuple(
+        (f"train/{network}/{term}", value, outcome.first_epoch + epoch)
+        for network, about in outcome.trained.items()
+        for epoch, terms in enumerate(about.history)
+        for term, value in terms.items()
+    )
+    artifacts: dict[str, Any] = {
+        f"{folder}/confusion_{split.replace('/', '_')}.json": {"classes": names[: len(counts)], "counts": counts.tolist()}
+        for split, counts in outcome.counts.items()
+    }
+    rows = [{"sample_id": row.sample_id, "class": names[row.class_id], **row.scores} for row in outcome.state.memory.rows]
+    artifacts[f"{folder}/memory.json"] = {
+        "rows": rows,
+        "samples": len(outcome.state.memory.sample_ids),
+        "bytes": outcome.memory_bytes,
+        "hash": fingerprint(rows),
+    }
+    if not outcome.task.is_base:
+        rehearsal = outcome.rehearsal
+        artifacts[f"{folder}/collisions.json"] = {
+            "classes": [_named(record, names) for record in rehearsal.table],
+            "pairs": [_named(record, names) for record in rehearsal.pairs],
+            "drawn": [{"sample_id": row.sample_id, "class": names[row.class_id]} for row in rehearsal.drawn],
+            "rows": len(rehearsal.rows),
+        }
+    return Record(metrics, losses, outcome.task.index, artifacts)
+
+
+def _named(record: Mapping[str, float], names: Sequence[str]) -> dict[str, Any]:
+    """The record with names in place of class ids."""
+    fields: dict[str, Any] = dict(record)
+    for key in ("class", "old_class", "new_class"):
+        if key in record:
+            fields[key] = names[int(record[key])]
+    return fields
+
+
+class Tracker:
+    """Writes to one MLflow tracking store. InputError from the constructor, within seconds, where it cannot be reached."""
+
+    def __init__(self, uri: str, artifact_root: Path) -> None:
+        self.uri = uri
+        if uri.startswith("sqlite:///"):
+            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a line per table at first contact
+        try:
+            with _patience():
+                self._client = MlflowClient(tracking_uri=uri)
+                self.experiment_id = self._experiment(artifact_root)
+        except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            raise InputError(
+                f"MLflow cannot be reached at {without_password(uri)}: {reason}; set MLFLOW_TRACKING_URI to a running "
+                "server (http://host:port) or a database (sqlite:///absolute/path.db), or unset it for the default"
+            ) from error
+
+    def _experiment(self, artifact_root: Path) -> str:
+        found = self._client.get_experiment_by_name(EXPERIMENT)
+        if found is not None:
+            return str(found.experiment_id)
+        # A server knows where its artifacts go; beside a database of our own they lie beside it.
+        location = None if self.uri.startswith(("http://", "https://")) else artifact_root.absolute().as_uri()
+        return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
+
+    def start(
+        self, name: str, kind: str, params: Mapping[str, Any], parent: str | None = None, tags: Mapping[str, str] | None = None
+    ) -> str:
+        """Starts a run below `parent` and logs its parameters; the run's id."""
+        all_tags = {"kind": kind, **(tags or {}), **({"mlflow.parentRunId": parent} if parent else {})}
+        run = self._client.create_run(self.experiment_id, run_name=name, tags=all_tags)
+        run_id = str(run.info.run_id)
+        entries = [Param(key, _text(value)) for key, value in params.items()]
+        for start in range(0, len(entries), PARAMS_A_REQUEST):
+            self._client.log_batch(run_id, params=entries[start : start + PARAMS_A_REQUEST])
+        return run_id
+
+    def metrics(self, run_id: str, values: Mapping[str, float], step: int) -> None:
+        """Logs metrics at one step, in one request."""
+        self._batch(run_id, [(name, value, step) for name, value in values.items()])
+
+    def record(self, run_id: str, record: Record) -> None:
+        """Logs all that a task has to log."""
+        self._batch(run_id, [*((name, value, record.task) for name, value in record.metrics.items()), *record.losses])
+        for path, content in record.artifacts.items():
+            self.artifact(run_id, path, content)
+
+    def artifact(self, run_id: str, path: str, content: Any) -> None:
+        """Logs a JSON value, or text as it is, as the artifact `path`."""
+        text = content if isinstance(content, str) else json.dumps(content, indent=1)
+        self._client.log_text(run_id, text, path)
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags."""
+        self._client.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+
+    def stream(self, experiment: Experiment, seed: int, name: str, parent: str | None = None) -> str:
+        """Starts the run of one seed's stream, with its configuration as parameters and as an artifact; the run's id."""
+        params = {**flatten(experiment), "seed": seed}
+        run = self.start(name, "stream", params, parent, {**tags_of(experiment), "seed": str(seed)})
+        self.artifact(run, "config.json", params)
+        return run
+
+    @property
+    def open_hint(self) -> str:
+        """How to look at the runs."""
+        if self.uri.startswith(("http://", "https://")):
+            return f"open {without_password(self.uri)}"
+        return f"make ui (or: mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)})"
+
+    def end(self, run_id: str, status: str = "FINISHED") -> None:
+        """Ends a run: FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(run_id, status)
+
+    def _batch(self, run_id: str, values: Sequence[tuple[str, float, int]]) -> None:
+        now = int(time.time() * 1000)
+        entries = [Metric(name, float(value), now, step) for name, value, step in values]
+        for start in range(0, len(entries), METRICS_A_REQUEST):
+            self._client.log_batch(run_id, metrics=entries[start : start + METRICS_A_REQUEST])
+
+
+def tags_of(experiment: Experiment) -> dict[str, str]:
+    """What runs are filtered by."""
+    return {
+        "method": file_name(experiment.method),
+        "benchmark": experiment.benchmark.name,
+        "benchmark.fingerprint": experiment.benchmark.fingerprint()[:16],
+        "setting": experiment.scenario.setting,
+    }
+
+
+def tracking_uri(outputs: Path) -> str:
+    """MLFLOW_TRACKING_URI where it is set, else a database under `outputs`. InputError for a store that cannot hold runs."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        return f"sqlite:///{outputs.absolute()}/mlflow.db"
+    scheme = urlsplit(uri).scheme
+    if scheme in ("", "file"):
+        raise InputError(
+            f"MLFLOW_TRACKING_URI={uri!r} is a folder, which MLflow no longer writes; "
+            "use sqlite:///absolute/path.db or http://host:port"
+        )
+    return uri
+
+
+def without_password(uri: str) -> str:
+    """The URI without user and password, for messages."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1])) if "@" in parts.netloc else uri
+
+
+def _text(value: Any) -> str:
+    text = ",".join(str(part) for part in value) if isinstance(value, (tuple, list)) else str(value)
+    return text[:PARAM_CHARACTERS]
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Few retries while the store is probed: an unreachable server is told within seconds, not minutes."""
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
