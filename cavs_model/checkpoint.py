@@ -44,15 +44,20 @@ class Checkpoint:
 
     about: About
     weights: bytes
+    directory: str  # where it was read from, for messages
 
     def model(self) -> AVSegmenter:
         """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description."""
-        config = NetworkConfig(**{**self.about.config, "visual_weights": "none"})
-        model = build(config, self.about.num_classes, self.about.network)
+        try:
+            config = NetworkConfig(**{**self.about.config, "visual_weights": "none"})
+            model = build(config, self.about.num_classes, self.about.network)
+        except (InputError, TypeError) as error:
+            raise InputError(f"damaged checkpoint description {Path(self.directory) / ABOUT}: {error}") from error
         try:
             model.load_state_dict(load_tensors(self.weights))
         except (SafetensorError, RuntimeError) as error:
-            raise InputError(f"checkpoint of {self.about.network} does not fit its description: {error}") from error
+            path = Path(self.directory) / WEIGHTS
+            raise InputError(f"checkpoint {path} of {self.about.network} does not fit its description: {error}") from error
         return model.eval().requires_grad_(False)
 
 
@@ -74,7 +79,7 @@ def read_about(directory: Path) -> About:
         return About(**{**fields, "config": _tuples(fields["config"]), "history": tuple(fields["history"])})
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {directory}: {ABOUT} is missing") from error
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"damaged checkpoint description {path}: {error}") from error
 
 
@@ -82,7 +87,7 @@ def read(directory: Path) -> Checkpoint:
     """A checkpoint in full. InputError that names a missing or damaged file."""
     about = read_about(directory)
     try:
-        return Checkpoint(about, (directory / WEIGHTS).read_bytes())
+        return Checkpoint(about, (directory / WEIGHTS).read_bytes(), str(directory))
     except FileNotFoundError as error:
         raise InputError(f"no checkpoint at {directory}: {WEIGHTS} is missing") from error
 

@@ -47,6 +47,8 @@ class Scenario:
                 raise InputError(f"scenario.class_order must name each class once; missing: {missing or 'none (repeats)'}")
             return self.class_order
         if self.order == "random":
+            if self.order_seed < 0:
+                raise InputError(f"scenario.order_seed must not be negative, got {self.order_seed}")
             return tuple(np.random.default_rng(self.order_seed).permutation(np.array(names)).tolist())
         orders = benchmark.orders()
         if self.order not in orders:

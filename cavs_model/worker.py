@@ -170,7 +170,7 @@ def prefetch(inputs: Iterable[Item], load: Callable[[Item], Output], depth: int 
 class GlobalBatchNorm(nn.Module):
     """Batch normalisation over the whole batch of all workers, on any device.
 
-    torch.nn.SyncBatchNorm refuses CPU tensors; this is the same statistics by two differentiable all-reduces. Parameters and
+    torch.nn.SyncBatchNorm refuses CPU tensors; this is the same statistics by one differentiable all-reduce. Parameters and
     buffers are those of the layer it replaces, so a state_dict does not tell the two apart.
     """
 
@@ -195,20 +195,25 @@ class GlobalBatchNorm(nn.Module):
             )
         dims = [0, *range(2, x.dim())]
         wide = x.float()
+        variances, means = torch.var_mean(wide, dims, correction=0)
         count = wide.new_full((1,), x.numel() / x.shape[1])
-        sums = _all_reduce(torch.cat([wide.sum(dims), count]))
-        mean = sums[:-1] / sums[-1]
-        shape = [1, -1, *[1] * (x.dim() - 2)]
-        centred = wide - mean.view(shape)
-        # Two passes: the variance about the common mean, not E[x^2] - mean^2, which cancels.
-        variance = _all_reduce(centred.square().sum(dims)) / sums[-1]
+        # One collective a layer: every worker's moments, joined about the common mean (E[x^2] - mean^2 would cancel).
+        parts = wide.new_zeros(torch.distributed.get_world_size(), 2 * x.shape[1] + 1)
+        parts[torch.distributed.get_rank()] = torch.cat([means, variances, count])
+        parts = _all_reduce(parts)
+        means, variances, counts = parts[:, : x.shape[1]], parts[:, x.shape[1] : -1], parts[:, -1:]
+        total = counts.sum()
+        mean = (counts * means).sum(0) / total
+        variance = (counts * (variances + (means - mean).square())).sum(0) / total
         with torch.no_grad():
-            unbiased = variance * (sums[-1] / (sums[-1] - 1).clamp(min=1))
+            unbiased = variance * (total / (total - 1).clamp(min=1))
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
             self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
             self.num_batches_tracked += 1
+        shape = [1, -1, *[1] * (x.dim() - 2)]
         scale = torch.rsqrt(variance + self.eps) * self.weight
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+        normalised: Tensor = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return normalised.to(x.dtype)
 
 
 def _all_reduce(value: Tensor) -> Tensor:

@@ -10,8 +10,10 @@ import pkgutil
 import re
 import signal
 import sys
+import traceback
+import types
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,62 +37,88 @@ class SearchSpace:
 
 
 class _Recorder:
-    """A trial that answers every question with its lowest value, to learn which knobs a space opens."""
+    """A trial that answers every question with its lowest or its highest value, to learn which knobs a space opens."""
 
-    def __init__(self) -> None:
+    def __init__(self, highest: bool) -> None:
+        self._highest = highest
         self.values: dict[str, Any] = {}
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
-        return int(self._answer(name, low))
+        return int(self._answer(name, low, high))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
-        return float(self._answer(name, low))
+        return float(self._answer(name, low, high))
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
-        return self._answer(name, choices[0])
+        return self._answer(name, choices[0], choices[-1])
 
-    def _answer(self, name: str, value: Any) -> Any:
-        self.values[name] = value
-        return value
+    def _answer(self, name: str, low: Any, high: Any) -> Any:
+        self.values[name] = high if self._highest else low
+        return self.values[name]
 
 
 def open_knobs(space: SearchSpace) -> dict[str, Any]:
-    """Field path -> lowest value of every knob the space opens. InputError where the base has no such field."""
-    recorder = _Recorder()
-    space.define(recorder)
-    override(space.base, recorder.values)
-    return recorder.values
+    """Field path -> lowest value of every knob the space opens.
+
+    InputError where the base has no such field or refuses either end of the knob's range.
+    """
+    low, high = _Recorder(highest=False), _Recorder(highest=True)
+    for recorder in (low, high):
+        try:
+            space.define(recorder)
+        except Exception as error:  # whatever a user's file does
+            raise InputError(f"search space {space.name}: define(trial) failed: {type(error).__name__}: {error}") from error
+        override(space.base, recorder.values)
+    return low.values
 
 
 def load_space(name: str) -> SearchSpace:
     """A search space by name ("cmr_collage") or by the path of a Python file.
 
-    InputError for an unknown name, with the known ones, or a file without BASE, OBJECTIVES and define.
+    InputError for an unknown name, with the known ones, a file that Python cannot load, with the line, or one without
+    BASE, OBJECTIVES and define.
     """
     if name.endswith(".py"):
         path = Path(name).absolute()
         if not path.is_file():
             raise InputError(f"no search space at {path}")
-        # By its folder, so that what workers unpickle is found under the same name.
-        module_name = path.stem
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        if spec is None or spec.loader is None:
-            raise InputError(f"{path} is not a Python file")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        spec.loader.exec_module(module)
+        module = _loaded(path.stem, path)
     else:
         folder = importlib.import_module("search_spaces")
         known = sorted(info.name for info in pkgutil.iter_modules(folder.__path__))
         if name not in known:
             raise unknown("search space", name, [*known, "or the path of a .py file"])
-        module = importlib.import_module(f"search_spaces.{name}")
+        module = _loaded(f"search_spaces.{name}", Path(folder.__path__[0]) / f"{name}.py")
     for required, kind in (("BASE", Experiment), ("OBJECTIVES", tuple), ("define", Callable)):
         if not isinstance(getattr(module, required, None), kind):  # type: ignore[arg-type]
             raise InputError(f"search space {name} must define BASE (an Experiment), OBJECTIVES (a tuple) and define(trial)")
-    if not module.OBJECTIVES:
-        raise InputError(f"search space {name}: OBJECTIVES is empty")
+    if not module.OBJECTIVES or not all(isinstance(objective, Objective) for objective in module.OBJECTIVES):
+        raise InputError(f"search space {name}: OBJECTIVES must hold one Objective or more")
     return SearchSpace(Path(name).stem, module.BASE, module.OBJECTIVES, module.define, module.__doc__ or "")
+
+
+def _loaded(module_name: str, path: Path) -> types.ModuleType:
+    """The module at a path under a name by which what it defines can be unpickled. InputError that names the file and line."""
+    loaded = sys.modules.get(module_name)
+    if loaded is not None:
+        if getattr(loaded, "__file__", None) == str(path):
+            return loaded
+        raise InputError(f"{path}: another module is called {module_name!r}; rename the file")
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever a user's file does
+        del sys.modules[module_name]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        place, reason = (path, lines[-1] if lines else 1), f"{type(error).__name__}: {error}"
+        if isinstance(error, SyntaxError):
+            place, reason = (Path(error.filename or path), error.lineno or 1), f"SyntaxError: {error.msg}"
+        raise InputError(f"search space {place[0]}, line {place[1]}: {reason}") from error
+    return module
 
 
 def parser(verb: str, description: str) -> argparse.ArgumentParser:
@@ -123,7 +151,7 @@ def outputs_folder(chosen: Path | None) -> Path:
         text = os.environ.get("CAVS_OUTPUTS", "")
         in_copy = "runtime_resources" in Path.cwd().parts
         chosen = Path(text) if text else (Path.home() / "cavs_outputs" if in_copy else Path("outputs"))
-    folder = chosen.expanduser().absolute()
+    folder = Path(os.path.expanduser(chosen)).absolute()  # Path.expanduser raises where there is no such user
     probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -138,12 +166,9 @@ def outputs_folder(chosen: Path | None) -> Path:
 
 def new_folder(parent: Path, name: str | None, default: str) -> Path:
     """A folder for one run's results: the name given, which must be new, or the default with the next free number."""
-    if name is not None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
-        candidates = [name]
-    else:
-        candidates = [default, *(f"{default}-{number}" for number in range(2, 10_000))]
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
+    candidates = [default, *(f"{default}-{number}" for number in range(2, 10_000))] if name is None else [name]
     for candidate in candidates:
         try:
             (parent / candidate).mkdir(parents=True)
@@ -153,19 +178,13 @@ def new_folder(parent: Path, name: str | None, default: str) -> Path:
     raise InputError(f"--name {name!r} is taken: {parent / str(name)} exists; choose another name or delete the folder")
 
 
-def worker_environment(tracking: str) -> Mapping[str, str]:
-    """What workers need of the driver's environment, which does not reach them by itself."""
-    passed = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "OMP_NUM_THREADS") if name in os.environ}
-    return {"MLFLOW_TRACKING_URI": tracking, **passed}
-
-
 def main(verb: Callable[[], int]) -> int:
     """Runs a verb; bad input is one line on stderr and exit status 2, an interrupt is status 130."""
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`, batch systems
     try:
         return verb()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
         return INPUT_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted; what was computed is kept and will be reused", file=sys.stderr)

@@ -29,6 +29,8 @@ from cavs_model.scenario import Scenario
 from cavs_model.train import Schedule, Seeds
 from cavs_model.worker import PRECISIONS, Precision
 
+LARGEST_INT = 2**63  # larger ones overflow in whoever computes with them
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -66,6 +68,9 @@ class Experiment:
     def __post_init__(self) -> None:
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
             raise InputError(f"seeds must be distinct and not negative, at least one: {self.seeds}")
+        for name in ("init_seed", "data_seed", "memory_seed"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} must not be negative: {getattr(self, name)}")
         if self.precision not in PRECISIONS:
             raise unknown("precision", self.precision, PRECISIONS)
 
@@ -84,6 +89,10 @@ class Objective:
 
     metric: str = "val/miou/all"
     mode: typing.Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("max", "min"):
+            raise unknown("mode of an objective", self.mode, ("max", "min"))
 
 
 class Trial(typing.Protocol):
@@ -129,12 +138,12 @@ def file_name(value: Method | Benchmark) -> str:
 def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     """The experiment with fields replaced by dotted path; values are typed ones, or text as on the command line.
 
-    Shorter paths are applied first, so that `method=cmr` and `method.samples_per_class=3` go together in any order.
-    InputError for an unknown path (with the nearest and all valid ones) or a value of the wrong type.
+    The order of the changes never matters: a value comes before its own fields (`method=cmr`, `method.samples_per_class=3`),
+    and fields of one value change together. InputError for an unknown path (with the nearest and all valid ones), a value
+    of the wrong type, or one that the value it belongs to refuses.
     """
-    for path in sorted(changes, key=lambda path: (path.count("."), path)):
-        experiment = _replaced(experiment, path, path.split("."), changes[path])
-    return experiment
+    changed: Experiment = _changed(experiment, changes, "")
+    return changed
 
 
 def parse_assignments(assignments: typing.Sequence[str]) -> dict[str, str]:
@@ -183,29 +192,38 @@ def plain(value: Any) -> Any:
     raise TypeError(f"cannot be written as JSON: {type(value).__name__}")
 
 
-def _replaced(value: Any, path: str, parts: list[str], new: Any) -> Any:
-    name, rest = parts[0], parts[1:]
+def _changed(value: Any, changes: Mapping[str, Any], prefix: str) -> Any:
+    """The dataclass with the fields at these paths, relative to it, replaced. `prefix` is its own path and a dot."""
     hints = typing.get_type_hints(type(value))
-    names = [item.name for item in dataclasses.fields(value)]
-    if name not in names:
-        prefix = path.split(".")[: -len(parts)]
-        valid = [".".join([*prefix, n]) for n in names]
-        close = difflib.get_close_matches(".".join([*prefix, name]), valid, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(f"unknown field {path!r}{hint}; the fields of {type(value).__name__} are: {', '.join(valid)}")
-    current = getattr(value, name)
-    if rest:
+    valid = [f"{prefix}{item.name}" for item in dataclasses.fields(value)]
+    new: dict[str, Any] = {}
+    inner: dict[str, dict[str, Any]] = {}
+    for relative, content in changes.items():
+        name, dot, rest = relative.partition(".")
+        if f"{prefix}{name}" not in valid:
+            close = difflib.get_close_matches(f"{prefix}{name}", valid, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise InputError(
+                f"unknown field {prefix + relative!r}{hint}; the fields of {type(value).__name__} are: {', '.join(valid)}"
+            )
+        if dot:
+            inner.setdefault(name, {})[rest] = content
+        else:
+            new[name] = _typed(content, hints[name], prefix + name)
+    for name, rest_of in inner.items():
+        current = new.get(name, getattr(value, name))
         if not dataclasses.is_dataclass(current):
-            raise InputError(f"unknown field {path!r}: {'.'.join(path.split('.')[: -len(rest)])} has no fields of its own")
-        return _rebuilt(value, name, _replaced(current, path, rest, new), path)
-    return _rebuilt(value, name, _typed(new, hints[name], path), path)
-
-
-def _rebuilt(value: Any, name: str, new: Any, path: str) -> Any:
+            raise InputError(
+                f"unknown field {f'{prefix}{name}.{next(iter(rest_of))}'!r}: {prefix}{name} has no fields of its own"
+            )
+        new[name] = _changed(current, rest_of, f"{prefix}{name}.")
     try:
-        return dataclasses.replace(value, **{name: new})
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: {error}") from error
+        return dataclasses.replace(value, **new)
+    except (InputError, ValueError, TypeError) as error:
+        paths = [prefix + name for name in new]
+        if isinstance(error, InputError) and any(path in str(error) for path in paths):
+            raise
+        raise InputError(f"{', '.join(paths)}: {error}") from error
 
 
 def _typed(new: Any, kind: Any, path: str) -> Any:
@@ -214,7 +232,7 @@ def _typed(new: Any, kind: Any, path: str) -> Any:
     if choices is not None:
         if isinstance(new, kind):
             return new
-        if new not in choices:
+        if not isinstance(new, str) or new not in choices:
             raise unknown(path, new, sorted(choices))
         return choices[new]()
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -228,7 +246,9 @@ def _typed(new: Any, kind: Any, path: str) -> Any:
                 return argument
         raise unknown(path, new, arguments)
     if origin is tuple:
-        parts = [part for part in new.split(",") if part] if isinstance(new, str) else list(new)
+        if not isinstance(new, (str, tuple, list)):
+            raise InputError(f"{path} must be a list, not {new!r}")
+        parts = [part for part in new.split(",") if part] if isinstance(new, str) else new
         return tuple(_typed(part, arguments[0], path) for part in parts)
     if kind is bool:
         words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -240,15 +260,19 @@ def _typed(new: Any, kind: Any, path: str) -> Any:
     if kind in (int, float):
         try:
             number = kind(new)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
         if number is None or isinstance(new, bool) or (kind is int and isinstance(new, float) and new != number):
             raise InputError(f"{path} must be {'a whole number' if kind is int else 'a number'}, not {new!r}")
         if number != number or number in (float("inf"), float("-inf")):
             raise InputError(f"{path} must be finite, not {new!r}")
+        if kind is int and abs(number) >= LARGEST_INT:
+            raise InputError(f"{path} must be a whole number of less than 64 bits, not {new!r}")
         return number
     if kind is str:
-        return str(new)
+        if not isinstance(new, str):
+            raise InputError(f"{path} must be text, not {new!r}")
+        return new
     if isinstance(kind, type) and isinstance(new, kind):
         return new
     raise InputError(f"{path} cannot be set as a whole; set one of its fields: {path}.<field>")

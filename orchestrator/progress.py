@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
@@ -50,13 +51,14 @@ class Progress:
     plan: tuple[int, ...]
     seeds: tuple[int, ...]
     trials: int
+    mode: str = "max"  # which of two values of trials is the better
     now: Callable[[], float] = time.monotonic
     finished: int = 0
     best: float | None = None
     started: float = 0.0
     _last_line: float = 0.0
     _done: float = 0.0
-    _running: dict[str, float] = field(default_factory=dict)
+    _running: dict[str, float] = field(default_factory=dict)  # label of a fit -> clips done, until its task is finished
     _tasks: set[tuple[int, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -71,19 +73,21 @@ class Progress:
             if self.now() - self._last_line >= LINE_SECONDS:
                 place = f"{event['label']} epoch {event['epoch']}/{event['epochs']}"
                 self.line(f"{place} loss {event['loss']:.4f} {event['clips_per_second']:.0f} clips/s | {self.state()}")
-            if event["epoch"] == event["epochs"]:
-                self._running.pop(event["label"])
         elif kind == "task":
             self._tasks.add((0 if event["task"] == 0 else event["trial"], event["seed"], event["task"]))
+            place = f"seed {event['seed']} task {event['task'] + 1}/"
+            self._forget(lambda label: place in label and (event["task"] == 0 or self._of_trial(label, event)))
             self.line(f"{event['label']}: {event['text']} | {self.state()}")
         elif kind == "trial":
             self.finished += 1
             # What a trial that failed or was stopped leaves undone is no longer to be done.
             for seed in self.seeds:
                 self._tasks.update((event["trial"], seed, task) for task in range(1, len(self.plan)))
+            self._forget(lambda label: self._of_trial(label, event))
             value = event.get("value")
-            if value is not None and (self.best is None or value > self.best):
-                self.best = value
+            if value is not None:
+                better = max if self.mode == "max" else min
+                self.best = value if self.best is None else better(self.best, value)
             self.line(f"{event['label']}: {event['text']} | {self.state()}")
         else:
             self.line(str(event["text"]))
@@ -103,6 +107,8 @@ class Progress:
 
     def seconds_left(self) -> float | None:
         """Clip passes still to be done at the speed so far; None before anything is known."""
+        if self.finished >= self.trials:
+            return 0.0
         if not self._done:
             return None
         planned = 0.0
@@ -114,41 +120,49 @@ class Progress:
         left = max(0.0, planned - sum(self._running.values()))
         return left * (self.now() - self.started) / self._done
 
+    def _of_trial(self, label: str, event: Event) -> bool:
+        """Whether a fit is the event's trial's: its label starts with the trial's, or it is the only one (no search)."""
+        return label.startswith(f"{event['label']} ") or self.trials == 1
+
+    def _forget(self, ended: Callable[[str], bool]) -> None:
+        """Drops fits from those that run: their clips are no longer part of the plan."""
+        self._running = {label: clips for label, clips in self._running.items() if not ended(label)}
+
     def line(self, text: str) -> None:
         """Prints a line with the time since the start."""
         self._last_line = self.now()
         print(f"[{clock(self._last_line - self.started)}] {text}", file=self.out, flush=True)
 
 
-class Watcher:
-    """A thread that hands events from a source to a handler, and calls `idle` in between."""
+@contextmanager
+def watched(source: Callable[[], list[Event]], handle: Observer, idle: Callable[[], None]) -> Iterator[None]:
+    """A thread that hands events from a source to a handler, and calls `idle` in between, while the block runs.
 
-    def __init__(self, source: Callable[[], list[Event]], handle: Observer, idle: Callable[[], None]) -> None:
-        self._source, self._handle, self._idle = source, handle, idle
-        self._stop = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+    What has arrived when the block ends is still handled. An error of source or handler is raised then.
+    """
+    stop = threading.Event()
+    errors: list[BaseException] = []
 
-    def start(self) -> None:
-        """Begins to watch."""
-        self._thread.start()
+    def step() -> None:
+        for event in source():
+            handle(event)
+        idle()
 
-    def stop(self) -> None:
-        """Handles what has arrived and ends the thread. Raises what the handler or the source raised."""
-        self._stop.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        self._step()
-
-    def _step(self) -> None:
-        for event in self._source():
-            self._handle(event)
-        self._idle()
-
-    def _run(self) -> None:
+    def run() -> None:
         try:
-            while not self._stop.wait(POLL_SECONDS):
-                self._step()
-        except BaseException as error:  # raised again by `stop`
-            self._error = error
+            while not stop.wait(POLL_SECONDS):
+                step()
+        except BaseException as error:  # raised again when the block ends
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="watcher", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if not errors:
+            step()
+    if errors:
+        raise errors[0]

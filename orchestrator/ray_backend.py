@@ -52,6 +52,8 @@ WORKER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "2147483648",
 }
 
+PASSED_ON = ("RAY_AUTH_MODE", "OMP_NUM_THREADS")
+
 
 @dataclass(frozen=True)
 class Cluster:
@@ -95,13 +97,13 @@ def resources() -> Mapping[str, float]:
 
 
 @contextmanager
-def connected(environment: Mapping[str, str], verbose: bool = False) -> Iterator[Cluster]:
+def connected(verbose: bool = False) -> Iterator[Cluster]:
     """Joins the cluster at RAY_ADDRESS, or starts a local one with dashboard and token that ends with the block.
 
-    `environment` are variables that every worker gets: a driver's own do not reach them.
+    Workers get WORKER_ENVIRONMENT and what of PASSED_ON is set here: a driver's variables do not reach them by themselves.
     """
     started_here = not in_cluster()
-    variables = {**WORKER_ENVIRONMENT, **environment}
+    variables = {**WORKER_ENVIRONMENT, **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
     os.environ.update(WORKER_ENVIRONMENT)  # the driver itself may start a fit
     try:
         context = ray.init(

@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator import cli
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
-from orchestrator.progress import Progress, Watcher, clip_passes
+from orchestrator.progress import Progress, clip_passes, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.store import StoredBackend
 from orchestrator.stream import Backend, run_stream
@@ -37,24 +37,16 @@ def run() -> int:
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
 
     if arguments.local:
-        _streams(
-            experiment,
-            splits,
-            LocalBackend(outputs / "data", experiment.resources.cpus_per_worker, progress),
-            outputs,
-            tracker,
-            progress,
-            name,
-        )
+        backend = LocalBackend(outputs / "data", experiment.resources.cpus_per_worker, progress)
+        with watched(list, progress, progress.heartbeat):
+            _streams(experiment, splits, backend, outputs, tracker, progress, name)
     else:
-        with connected(cli.worker_environment(tracking), arguments.verbose) as cluster:
+        with connected(arguments.verbose) as cluster:
             progress.line(cluster.describe())
             cluster.concurrent_jobs(experiment.resources)
-            backend = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
-            watcher = Watcher(lambda: drain(backend.mailbox), progress, progress.heartbeat)
-            watcher.start()
-            _streams(experiment, splits, backend, outputs, tracker, progress, name)
-            watcher.stop()
+            on_ray = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
+            with watched(lambda: drain(on_ray.mailbox), progress, progress.heartbeat):
+                _streams(experiment, splits, on_ray, outputs, tracker, progress, name)
     print(f"MLflow: {tracker.open_hint}", flush=True)
     return 0
 

@@ -6,6 +6,7 @@ a stopped trial would leave behind. Seeds run inside the trial; a failed seed fa
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def search(
         space=space.define, metric=objective.metric, mode=objective.mode, sampler=sampler_of(sampler, seed)
     )
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"cpu": 0, "memory": DRIVER_MEMORY_BYTES})
+    # Tune's own table of trials would run into our progress lines.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = tune.Tuner(
         trainable,

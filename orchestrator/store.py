@@ -30,8 +30,9 @@ from cavs_model.datasets.base import Benchmark
 from cavs_model.errors import InputError
 from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
 from cavs_model.methods.base import acting
-from cavs_model.train import TaskJob
-from cavs_model.types import ScoreTable
+from cavs_model.networks.av_segmenter import NetworkConfig
+from cavs_model.train import Schedule, TaskJob
+from cavs_model.types import ScoreTable, Task
 from orchestrator.experiment import fingerprint, plain
 from orchestrator.stream import Backend
 
@@ -54,6 +55,25 @@ def _data_key(data: Data) -> dict[str, Any]:
     return {"benchmark": data.benchmark.fingerprint(), "order": data.learned_order}
 
 
+def _schedule_key(schedule: Schedule, task: Task) -> dict[str, Any]:
+    """What of a schedule acts on a task: a base task does not depend on the epochs of later ones, nor the other way round."""
+    looks = {"from": schedule.selection_from} if schedule.selection == "best_val" else {}
+    return {
+        "epochs": schedule.epochs_of(task),
+        "batch_size": schedule.batch_size,
+        "learning_rate": schedule.learning_rate,
+        "decay": schedule.decay,
+        "selection": schedule.selection,
+        **looks,
+    }
+
+
+def _config_key(config: NetworkConfig) -> NetworkConfig:
+    """The network with the content of its file of first weights in place of the file's name."""
+    file = Path(config.visual_weights)
+    return replace(config, visual_weights=hashlib.sha256(file.read_bytes()).hexdigest()) if file.is_file() else config
+
+
 def train_key(job: TaskJob) -> str:
     """The address of a trained network."""
     return _address(
@@ -64,9 +84,8 @@ def train_key(job: TaskJob) -> str:
             "data": _data_key(job.data),
             "rows": [(row.sample_id, row.class_id) for row in job.rows],
             "method": acting(job.method, "train"),
-            "config": job.config,
-            "schedule": job.schedule,
-            "epochs": job.schedule.epochs_of(job.task),
+            "config": _config_key(job.config) if job.start is None else job.config,
+            "schedule": _schedule_key(job.schedule, job.task),
             "precision": job.precision,
             "seeds": [job.seeds.init, job.seeds.data],
             "start": Path(job.start).name if job.start else None,
@@ -149,6 +168,9 @@ class StoredBackend:
                 if not _complete(folders[key][0]):
                     locks.enter_context(self._locked(key, folders[key][1].label))
             missing = [(folder, job) for folder, job in folders.values() if not _complete(folder)]
+            for folder, _ in missing:  # what a process that was killed, or a person, left of it
+                for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
+                    shutil.rmtree(leftover, ignore_errors=True)
             partial = [folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for folder, _ in missing]
             try:
                 if missing:
@@ -196,11 +218,11 @@ class StoredBackend:
                     return value
         try:
             entry = json.loads(path.read_text())
-            seconds, value = float(entry["seconds"]), entry["value"]
+            seconds, value = float(entry["seconds"]), dict(entry["value"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"damaged store entry {path}: {error}; delete it to have it computed again") from error
         self._count(True, seconds)
-        return dict(value)
+        return value
 
     def _count(self, reused: bool, seconds: float) -> None:
         if reused:

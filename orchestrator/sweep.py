@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,8 +13,8 @@ from typing import Any
 
 from cavs_model.errors import InputError
 from orchestrator import cli
-from orchestrator.experiment import Experiment, flatten, override
-from orchestrator.progress import Event, Progress, Watcher, clip_passes
+from orchestrator.experiment import Experiment, Objective, flatten, override
+from orchestrator.progress import Event, Progress, clip_passes, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.search import SAMPLERS, Plan, TrialResult, mean_over_seeds, search
 from orchestrator.store import StoredBackend
@@ -109,41 +110,40 @@ def sweep() -> int:
     experiment.benchmark.check()
     tracking = tracking_uri(outputs)
     tracker = Tracker(tracking, outputs / "artifacts")
-    print(f"starting: {space.name}, {arguments.trials} trials over {', '.join(knobs)}", flush=True)
+    folder = cli.new_folder(outputs / "sweeps", arguments.name, space.name)
+    objective = space.objectives[0]
+    progress = Progress(sys.stdout, clip_passes(experiment), experiment.seeds, arguments.trials, objective.mode)
+    progress.line(f"{space.name}: {arguments.trials} trials over {', '.join(knobs)}; results: {folder}")
+    progress.line(f"MLflow: {tracker.open_hint}")
 
-    with connected(cli.worker_environment(tracking), arguments.verbose) as cluster:
+    with connected(arguments.verbose) as cluster:
         concurrency = min(cluster.concurrent_jobs(experiment.resources), arguments.trials)
-        folder = cli.new_folder(outputs / "sweeps", arguments.name, space.name)
-        progress = Progress(sys.stdout, clip_passes(experiment), experiment.seeds, arguments.trials)
         progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
-        print(f"           results: {folder}\n           MLflow:  {tracker.open_hint}", flush=True)
         parent = tracker.start(folder.name, "sweep", flatten(experiment), tags={**tags_of(experiment), "space": space.name})
         tracker.artifact(parent, "config.json", {"command": sys.argv, "knobs": list(knobs), **flatten(experiment)})
         backend = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
+        store = StoredBackend(backend, outputs / "store")
+        plan = Plan(experiment, space.objectives, backend, outputs / "store")
         log = TrialLog(tracker, parent, progress)
-        watcher = Watcher(lambda: drain(backend.mailbox), log, progress.heartbeat)
-        watcher.start()
         try:
-            store = StoredBackend(backend, outputs / "store")
-            progress.line(f"preparing {experiment.benchmark.name}")
-            store.prepare(experiment.benchmark, ("train", "val"))
-            progress.line(f"{experiment.benchmark.name} is ready")
-            plan = Plan(experiment, space.objectives, backend, outputs / "store")
-            results = search(space, plan, arguments.trials, concurrency, arguments.sampler, arguments.search_seed, folder)
-            best = best_of(results, space.objectives[0].metric, space.objectives[0].mode)
-            if best is not None:
-                progress.line("testing the best configuration, and it alone")
-                test(override(experiment, best.config), store, tracker, parent, progress)
-            watcher.stop()
+            with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
+                progress.line(f"preparing {experiment.benchmark.name}")
+                store.prepare(experiment.benchmark, ("train", "val"))
+                progress.line(f"{experiment.benchmark.name} is ready")
+                results = search(space, plan, arguments.trials, concurrency, arguments.sampler, arguments.search_seed, folder)
+                best = best_of(results, objective)
+                if best is not None:
+                    progress.line("testing the best configuration, and it alone")
+                    test(override(experiment, best.config), store, tracker, parent, progress)
             log.finish("FAILED")  # a trial that never said how it ended
         except BaseException:
             log.finish("KILLED")
             tracker.end(parent, "KILLED")
             raise
-        conclude(space, results, best, folder, tracker, parent)
+        conclude(objective, results, best, folder, tracker, parent)
         tracker.end(parent, "FINISHED" if best is not None else "FAILED")
-        progress.line("done")
-        print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
+    progress.line("done")
+    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if any(result.error for result in results) else 0
 
 
@@ -161,15 +161,21 @@ def test(experiment: Experiment, store: StoredBackend, tracker: Tracker, parent:
         tracker.end(run)
 
 
-def best_of(results: Sequence[TrialResult], metric: str, mode: str) -> TrialResult | None:
+def best_of(results: Sequence[TrialResult], objective: Objective) -> TrialResult | None:
     """The trial with the best objective among those that ended well; None where none did."""
-    ended = [result for result in results if not result.error and metric in result.metrics]
-    sign = 1 if mode == "max" else -1
-    return max(ended, key=lambda result: sign * float(result.metrics[metric]), default=None)
+    ended = [result for result in results if not result.error and objective.metric in result.metrics]
+    return min(ended, key=lambda result: _rank(result.metrics, objective), default=None)
+
+
+def _rank(metrics: Mapping[str, Any], objective: Objective) -> float:
+    """Smaller is better; a row without the metric comes last."""
+    if objective.metric not in metrics:
+        return math.inf
+    return float(metrics[objective.metric]) * (-1 if objective.mode == "max" else 1)
 
 
 def conclude(
-    space: cli.SearchSpace,
+    objective: Objective,
     results: Sequence[TrialResult],
     best: TrialResult | None,
     folder: Path,
@@ -177,11 +183,11 @@ def conclude(
     parent: str,
 ) -> None:
     """Writes and prints the table of trials and the best configuration."""
-    metric = space.objectives[0].metric
+    metric = objective.metric
     knobs = sorted({name for result in results for name in result.config})
     columns = [*knobs, metric, "val/miou/old", "val/miou/new", "val/miou/foreground", "error"]
     rows = [{**result.config, **result.metrics, "error": result.error} for result in results]
-    rows.sort(key=lambda row: (bool(row["error"]), -float(row.get(metric, 0.0))))
+    rows.sort(key=lambda row: (bool(row["error"]), _rank(row, objective)))
     with open(folder / "trials.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()

@@ -6,6 +6,7 @@ One process writes, the driver: trials send it their records. A sweep is a paren
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
@@ -91,15 +92,13 @@ class Tracker:
 
     def __init__(self, uri: str, artifact_root: Path) -> None:
         self.uri = uri
-        if uri.startswith("sqlite:///"):
-            Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-            logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a line per table at first contact
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a line per table at first contact
         try:
-            with _patience():
+            with _patience(), _alone(uri):
                 self._client = MlflowClient(tracking_uri=uri)
                 self.experiment_id = self._experiment(artifact_root)
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = (str(error).replace(_credentials(uri), "").strip() or type(error).__name__).splitlines()[0][:300]
             raise InputError(
                 f"MLflow cannot be reached at {without_password(uri)}: {reason}; set MLFLOW_TRACKING_URI to a running "
                 "server (http://host:port) or a database (sqlite:///absolute/path.db), or unset it for the default"
@@ -107,8 +106,10 @@ class Tracker:
 
     def _experiment(self, artifact_root: Path) -> str:
         found = self._client.get_experiment_by_name(EXPERIMENT)
-        if found is not None:
+        if found is not None and found.lifecycle_stage == "active":
             return str(found.experiment_id)
+        if found is not None:
+            raise InputError(f"its experiment {EXPERIMENT!r} is deleted; restore it with: mlflow experiments restore")
         # A server knows where its artifacts go; beside a database of our own they lie beside it.
         location = None if self.uri.startswith(("http://", "https://")) else artifact_root.absolute().as_uri()
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
@@ -184,7 +185,12 @@ def tracking_uri(outputs: Path) -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return f"sqlite:///{outputs.absolute()}/mlflow.db"
-    scheme = urlsplit(uri).scheme
+    try:
+        scheme = urlsplit(uri).scheme
+    except ValueError as error:
+        raise InputError(
+            f"MLFLOW_TRACKING_URI is no URI ({error}); use sqlite:///absolute/path.db or http://host:port"
+        ) from error
     if scheme in ("", "file"):
         raise InputError(
             f"MLFLOW_TRACKING_URI={uri!r} is a folder, which MLflow no longer writes; "
@@ -195,8 +201,13 @@ def tracking_uri(outputs: Path) -> str:
 
 def without_password(uri: str) -> str:
     """The URI without user and password, for messages."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rsplit("@", 1)[-1])) if "@" in parts.netloc else uri
+    return uri.replace(_credentials(uri), "", 1)
+
+
+def _credentials(uri: str) -> str:
+    """ "user:password@" of a URI, or nothing."""
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    return user + at
 
 
 def _text(value: Any) -> str:
@@ -207,7 +218,7 @@ def _text(value: Any) -> str:
 @contextmanager
 def _patience() -> Iterator[None]:
     """Few retries while the store is probed: an unreachable server is told within seconds, not minutes."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
@@ -218,3 +229,16 @@ def _patience() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """One process at a time: a fresh SQLite database that two of them set up at once is broken for good."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    database = Path(uri.removeprefix("sqlite:///"))
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with open(database.with_name(f".{database.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -119,7 +119,9 @@ class TPAVI(nn.Module):
         self.theta = nn.Linear(width, inner_channels)
         self.phi = nn.Linear(width, inner_channels)
         self.g = nn.Linear(width, inner_channels)
-        self.w_z = nn.Linear(inner_channels, width)
+        # Without the original's bias: the batch norm takes it out again, so its gradient is rounding noise, which Adam turns
+        # into steps of the full learning rate, other ones for another number of workers.
+        self.w_z = nn.Linear(inner_channels, width, bias=False)
         self.bn = nn.BatchNorm2d(width)  # on flattened frames the same statistics as BatchNorm3d on clips
         nn.init.zeros_(self.bn.weight)
         nn.init.zeros_(self.bn.bias)
@@ -141,7 +143,7 @@ class TPAVI(nn.Module):
                 inner = self._moment_of_picture(positions, total)
             inner = F.linear(inner / total, self.w_z.weight)  # M W_z^T [B D/2 D]
             scale = self.theta.weight.t() @ inner  # K [B D D]
-            shift = self.theta.bias @ inner + self.w_z.bias  # k [B D]
+            shift = self.theta.bias @ inner  # k [B D]
             y = torch.baddbmm(shift.unsqueeze(1), positions, scale)
             y = frames.select(y.view(frames.clips, frames.frames, *v.shape[1:]))
             y = self.bn(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

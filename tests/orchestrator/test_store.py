@@ -1,0 +1,515 @@
+"""Nothing is computed twice: addresses, reuse, locks, and what is left behind when something fails."""
+
+import dataclasses
+import fcntl
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+import cavs_model
+from cavs_model import checkpoint
+from cavs_model.checkpoint import About
+from cavs_model.datasets.tones import Tones
+from cavs_model.errors import InputError
+from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.methods.cmr import CMR
+from cavs_model.methods.finetune import Finetune
+from cavs_model.methods.plop import PLOP
+from cavs_model.networks.av_segmenter import NetworkConfig
+from cavs_model.scenario import Scenario
+from cavs_model.train import Schedule, Seeds, TaskJob
+from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, LabelRule, Row, ScoreTable
+from orchestrator import store
+from orchestrator.store import StoredBackend, evaluate_key, score_key, train_key, write_atomically
+
+TONES = Tones()
+BASE_TASK, TASK = Scenario(setting="2-2").tasks(TONES)
+DATA = Data(TONES, "cache", TONES.class_names())
+JOB = TaskJob(
+    AUDIO_VISUAL, TASK, DATA, (Row("train-00001", 1), Row("train-00002", 2)), CMR(), NetworkConfig(visual_weights="none"),
+    Schedule(), "fp32", Seeds(0, 0, 0), "networks/abc", output="somewhere", label="trial 1",
+)  # fmt: skip
+BASE_JOB = dataclasses.replace(JOB, task=BASE_TASK, rows=(), start=None, method=Finetune())
+SCORE = ScoreJob("after", CMR(), TASK, DATA, 16, "fp32", label="trial 1")
+EVALUATE = EvaluateJob("val", ("val-0", "val-1"), TASK.seen_rule, 5, DATA, 16, "fp32", label="trial 1")
+CHECKPOINTS = {AUDIO_VISUAL: "networks/abc", VISUAL_ONLY: "networks/def"}
+
+
+@dataclasses.dataclass
+class FakeBackend:
+    """Answers at once and remembers what it was asked. `fail` raises after the first network is written."""
+
+    asked: list = dataclasses.field(default_factory=list)
+    fail: BaseException | None = None
+
+    def prepare(self, benchmark, splits):
+        self.asked.append(("prepare", benchmark.name, tuple(splits)))
+        return "cache"
+
+    def train(self, jobs):
+        self.asked.append(("train", tuple(job.network for job in jobs)))
+        for job in jobs:
+            about = About(job.network, job.task.num_classes, {}, ({"loss": 1.0},), clips=3, seconds=2.0, world_size=2)
+            checkpoint.save(pathlib.Path(job.output), {"weight": torch.ones(2)}, about)
+            if self.fail is not None:
+                raise self.fail
+        return [job.output for job in jobs]
+
+    def score(self, job, checkpoints):
+        self.asked.append(("score", job.stage))
+        return ScoreTable(("a", "b"), {"delta": (0.1, 1 / 3), "frames": (2.0, float("nan"))})
+
+    def evaluate(self, job, checkpoint):
+        self.asked.append(("evaluate", job.split))
+        return np.array([[1, 2], [3, 2**40]], dtype=np.int64)
+
+    def about(self, path):
+        return checkpoint.read_about(pathlib.Path(path))
+
+
+def names(root):
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*") if "locks" not in path.parts and path.is_file())
+
+
+# Reuse.
+
+
+def test_networks_are_trained_once(tmp_path):
+    backend = FakeBackend()
+    stored = StoredBackend(backend, tmp_path)
+    [first] = stored.train([JOB])
+    assert stored.train([dataclasses.replace(JOB, label="trial 2", output="")]) == [first]
+    assert backend.asked == [("train", (AUDIO_VISUAL,))]
+    assert dataclasses.asdict(stored.reuse) == {
+        "computed": 1, "reused": 1, "computed_seconds": 4.0, "reused_seconds": 4.0,
+    }  # fmt: skip
+    assert pathlib.Path(first) == tmp_path / "networks" / train_key(JOB)
+    assert stored.about(first).network == AUDIO_VISUAL
+    other = StoredBackend(FakeBackend(), tmp_path)
+    assert other.train([JOB]) == [first]
+    assert other.backend.asked == []
+
+
+def test_of_two_networks_only_the_missing_one_is_trained_and_their_order_stays(tmp_path):
+    backend = FakeBackend()
+    stored = StoredBackend(backend, tmp_path)
+    seen = dataclasses.replace(JOB, network=VISUAL_ONLY)
+    [known] = stored.train([seen])
+    for jobs in ([JOB, seen], [seen, JOB]):
+        paths = stored.train(jobs)
+        assert [stored.about(path).network for path in paths] == [job.network for job in jobs]
+        assert paths[jobs.index(seen)] == known
+    assert backend.asked == [("train", (VISUAL_ONLY,)), ("train", (AUDIO_VISUAL,))]
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 3)
+
+
+def test_scores_and_counts_are_computed_once_and_come_back_as_they_were(tmp_path):
+    backend = FakeBackend()
+    stored = StoredBackend(backend, tmp_path)
+    for again in (stored, stored, StoredBackend(backend, tmp_path)):
+        table = again.score(SCORE, CHECKPOINTS)
+        assert table.sample_ids == ("a", "b")
+        assert table.columns["delta"] == (0.1, 1 / 3)
+        assert np.isnan(table.columns["frames"][1])
+        counts = again.evaluate(EVALUATE, "networks/abc")
+        assert counts.dtype == np.int64
+        assert counts.tolist() == [[1, 2], [3, 2**40]]
+    assert backend.asked == [("score", "after"), ("evaluate", "val")]
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 2)
+    assert names(tmp_path) == sorted(
+        [f"scores/{score_key(SCORE, CHECKPOINTS)}.json", f"counts/{evaluate_key(EVALUATE, 'networks/abc')}.json"]
+    )
+
+
+def test_data_are_prepared_under_a_lock_and_always_looked_at(tmp_path):
+    backend = FakeBackend()
+    stored = StoredBackend(backend, tmp_path)
+    assert [stored.prepare(TONES, ("train", "val")) for _ in range(2)] == ["cache", "cache"]
+    assert len(backend.asked) == 2
+
+
+# Failure.
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
+def test_what_fails_leaves_nothing_and_is_tried_again(tmp_path, error):
+    stored = StoredBackend(FakeBackend(fail=error), tmp_path)
+    pair = [JOB, dataclasses.replace(JOB, network=VISUAL_ONLY)]
+    with pytest.raises(type(error)):
+        stored.train(pair)
+    assert list((tmp_path / "networks").iterdir()) == []
+    assert stored.reuse.computed == 0
+    assert len(StoredBackend(FakeBackend(), tmp_path).train(pair)) == 2
+    assert {path.name for path in (tmp_path / "networks").iterdir()} == {train_key(job) for job in pair}
+
+
+def test_leftovers_of_a_killed_process_and_broken_folders_are_replaced(tmp_path):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    key = train_key(JOB)
+    for name in (f".{key}.0123abcd", key):  # a partial folder, and one whose description somebody deleted
+        (tmp_path / "networks" / name).mkdir()
+        (tmp_path / "networks" / name / checkpoint.WEIGHTS).write_bytes(b"half")
+    other = tmp_path / "networks" / ".other.0123abcd"
+    other.mkdir()
+    [path] = stored.train([JOB])
+    assert stored.about(path).clips == 3
+    assert {folder.name for folder in (tmp_path / "networks").iterdir()} == {key, other.name}
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[1]", '{"seconds": 1}', '{"seconds": "x", "value": {}}',
+                                     '{"seconds": 1, "value": 3}', "\xff\x00"])  # fmt: skip
+def test_a_damaged_entry_is_named(tmp_path, content):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    path = tmp_path / "counts" / f"{evaluate_key(EVALUATE, 'x/abc')}.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(InputError, match=f"damaged store entry {path}.*delete it"):
+        stored.evaluate(EVALUATE, "x/abc")
+    path.unlink()
+    assert stored.evaluate(EVALUATE, "x/abc").shape == (2, 2)
+
+
+def test_a_damaged_network_is_named(tmp_path):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    [path] = stored.train([JOB])
+    (pathlib.Path(path) / checkpoint.ABOUT).write_text("{")
+    with pytest.raises(InputError, match=f"damaged checkpoint description {path}"):
+        stored.train([JOB])
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"cannot write the store {tmp_path / 'file' / 'store'}"):
+        StoredBackend(FakeBackend(), tmp_path / "file" / "store")
+
+
+def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "entry.json"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [each.name for each in tmp_path.iterdir()] == ["entry.json"]
+
+
+# Several at once.
+
+
+def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    backend, waiting, results = FakeBackend(), threading.Event(), []
+    stored = StoredBackend(backend, tmp_path, on_wait=lambda label: waiting.set())
+    slow = dataclasses.replace(stored, backend=backend)
+    evaluate = backend.evaluate
+
+    def slowly(job, path):
+        assert waiting.wait(10)
+        return evaluate(job, path)
+
+    backend.evaluate = slowly
+    threads = [threading.Thread(target=lambda: results.append(slow.evaluate(EVALUATE, "x").tolist())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert backend.asked == [("evaluate", "val")]
+    assert (stored.reuse.computed, stored.reuse.reused) == (1, 2)
+
+
+def test_two_that_want_the_same_two_networks_in_opposite_orders_do_not_block_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    pair = [JOB, dataclasses.replace(JOB, network=VISUAL_ONLY)]
+    backend, results = FakeBackend(), []
+    train = backend.train
+    backend.train = lambda jobs: (time.sleep(0.05), train(jobs))[1]
+    threads = [
+        threading.Thread(target=lambda jobs=jobs: results.append(StoredBackend(backend, tmp_path).train(jobs)), daemon=True)
+        for jobs in (pair, pair[::-1])
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert len(results) == 2
+    assert sorted(results[0]) == sorted(results[1])
+    assert len(backend.asked) == 1
+
+
+class SlowBackend(FakeBackend):
+    """Begins, says so by a file, and ends when another file appears."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.folder = folder
+
+    def _wait(self, path=None):
+        if path is not None:
+            path.mkdir(parents=True)
+            (path / checkpoint.WEIGHTS).write_bytes(b"half")
+        with open(self.folder / "log", "a") as log:
+            log.write("began\n")
+        while not (self.folder / "go").exists():
+            time.sleep(0.01)
+
+    def evaluate(self, job, checkpoint):
+        self._wait()
+        return super().evaluate(job, checkpoint)
+
+    def train(self, jobs):
+        self._wait(pathlib.Path(jobs[0].output))
+        return super().train(jobs)
+
+
+def _evaluate_then_train(folder):
+    stored = StoredBackend(SlowBackend(folder), folder / "store")
+    stored.evaluate(EVALUATE, "x")
+    (folder / "go").unlink()
+    stored.train([JOB])
+
+
+def _until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_processes_share_the_work_and_a_killed_one_gives_its_lock_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    child = multiprocessing.get_context("spawn").Process(target=_evaluate_then_train, args=(tmp_path,))
+    child.start()
+    try:
+        log = tmp_path / "log"
+        _until(lambda: log.exists() and log.read_text() == "began\n")
+
+        # It computes, this process waits, and takes what it made.
+        waited = []
+
+        def let_go(label):
+            waited.append(label)
+            (tmp_path / "go").touch()
+
+        backend = FakeBackend()
+        stored = StoredBackend(backend, tmp_path / "store", on_wait=let_go)
+        assert stored.evaluate(EVALUATE, "x").tolist() == [[1, 2], [3, 2**40]]
+        assert (waited, backend.asked, stored.reuse.reused) == ([EVALUATE.label], [], 1)
+
+        # It trains and is killed while this process waits, which then trains itself and clears up.
+        _until(lambda: log.read_text() == "began\nbegan\n")
+        [partial] = (tmp_path / "store" / "networks").iterdir()
+        assert partial.name.startswith(f".{train_key(JOB)}.")
+        stored = StoredBackend(backend, tmp_path / "store", on_wait=lambda _: os.kill(child.pid, signal.SIGKILL))
+        [path] = stored.train([JOB])
+        assert backend.asked == [("train", (AUDIO_VISUAL,))]
+        assert [str(folder) for folder in (tmp_path / "store" / "networks").iterdir()] == [path]
+    finally:
+        child.kill()
+        child.join()
+        child.close()
+
+
+def test_a_lock_is_free_after_success_and_failure(tmp_path):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    stored.train([JOB])
+    failing = StoredBackend(FakeBackend(fail=RuntimeError("no")), tmp_path)
+    with pytest.raises(RuntimeError):
+        failing.train([BASE_JOB])
+    locks = list((tmp_path / "locks").iterdir())
+    assert {lock.stem for lock in locks} == {train_key(JOB), train_key(BASE_JOB)}
+    for lock in locks:
+        with open(lock) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# Addresses: what is in them, and what is not.
+
+
+def changed(job, path, value):
+    """The job with a field replaced, by dotted path."""
+    name, _, rest = path.partition(".")
+    return dataclasses.replace(job, **{name: changed(getattr(job, name), rest, value) if rest else value})
+
+
+OTHER_TASKS = {
+    "index": 2,
+    "num_old": 2,
+    "num_classes": 7,
+    "train": TASK.train[:-1],
+    "train_rule": LabelRule(range(3, 5), IGNORE),
+}
+DATA_CHANGES = [
+    ("data.benchmark", Tones(seed=1), True),
+    ("data.benchmark", Tones(), False),
+    ("data.learned_order", TONES.class_names()[::-1], True),
+    ("data.cache", "elsewhere", False),
+    ("label", "trial 9", False),
+    ("precision", "bf16", True),
+]
+TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.items()]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "matters"),
+    [
+        *DATA_CHANGES,
+        *TASK_CHANGES,
+        ("network", VISUAL_ONLY, True),
+        ("rows", JOB.rows[::-1], True),
+        ("rows", JOB.rows + JOB.rows[:1], True),
+        ("rows", (Row("train-00001", 1, {"delta": 0.5}), JOB.rows[1]), False),
+        ("method", PLOP(), True),
+        ("method.base", Finetune(), True),
+        ("method.base.pod_weight", 0.5, True),
+        ("method.memory_truth", "overwritten", True),
+        ("method.samples_per_class", 9, False),
+        ("method.selection", "random", False),
+        ("method.resampling_ratio", 0.9, False),
+        ("method.delta", "sum_released", False),
+        ("config.visual_encoder", "tiny", True),
+        ("config.visual_weights", "imagenet", True),
+        ("config.audio_encoder", "tiny", True),
+        ("config.audio_dim", 32, True),
+        ("config.width", 32, True),
+        ("config.dilations", (1,), True),
+        ("schedule.epochs", 31, True),
+        ("schedule.base_epochs", 31, False),
+        ("schedule.batch_size", 8, True),
+        ("schedule.learning_rate", 1e-3, True),
+        ("schedule.decay", "cosine", True),
+        ("schedule.selection", "best_val", True),
+        ("schedule.selection_from", 0.25, False),
+        ("seeds.init", 1, True),
+        ("seeds.data", 1, True),
+        ("seeds.memory", 1, False),
+        ("start", "networks/xyz", True),
+        ("start", "elsewhere/networks/abc", False),
+        ("output", "elsewhere", False),
+    ],
+)
+def test_what_the_address_of_a_network_depends_on(path, value, matters):
+    assert (train_key(changed(JOB, path, value)) != train_key(JOB)) == matters
+
+
+def test_every_field_of_a_job_was_considered():
+    for job, test in (
+        (JOB, test_what_the_address_of_a_network_depends_on),
+        (SCORE, test_what_the_address_of_scores_depends_on),
+        (EVALUATE, test_what_the_address_of_counts_depends_on),
+    ):
+        changes = test.pytestmark[0].args[1]
+        assert {path.split(".")[0] for path, *_ in changes} == {item.name for item in dataclasses.fields(job)}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "matters"),
+    [
+        ("schedule.epochs", 31, False),  # of later tasks
+        ("schedule.base_epochs", 31, True),
+        ("schedule.batch_size", 8, True),
+        ("schedule.selection_from", 0.25, False),
+        ("config.width", 32, True),
+        ("seeds.init", 1, True),
+    ],
+)
+def test_what_the_address_of_a_base_network_depends_on(path, value, matters):
+    assert (train_key(changed(BASE_JOB, path, value)) != train_key(BASE_JOB)) == matters
+
+
+def test_when_validation_chooses_the_epoch_it_matters_from_when_on():
+    job = changed(JOB, "schedule.selection", "best_val")
+    assert train_key(changed(job, "schedule.selection_from", 0.25)) != train_key(job)
+
+
+def test_first_weights_count_by_their_content(tmp_path):
+    keys = []
+    for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("b.pt", b"2")):
+        (tmp_path / name).write_bytes(content)
+        keys.append(train_key(changed(BASE_JOB, "config.visual_weights", str(tmp_path / name))))
+    assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "matters"),
+    [
+        *DATA_CHANGES,
+        *TASK_CHANGES,
+        ("stage", "before", True),
+        ("batch_size", 8, True),
+        ("method", dataclasses.replace(CMR(), delta="sum_released"), True),
+        ("method.samples_per_class", 9, False),
+        ("method.resampling_ratio", 0.9, False),
+        ("method.base.pod_weight", 0.5, False),
+    ],
+)
+def test_what_the_address_of_scores_depends_on(path, value, matters):
+    assert (score_key(changed(SCORE, path, value), CHECKPOINTS) != score_key(SCORE, CHECKPOINTS)) == matters
+
+
+def test_scores_depend_on_which_network_is_which_checkpoint():
+    key = score_key(SCORE, CHECKPOINTS)
+    assert score_key(SCORE, dict(reversed(CHECKPOINTS.items()))) == key
+    assert score_key(SCORE, {name: f"elsewhere/{path}" for name, path in CHECKPOINTS.items()}) == key
+    assert score_key(SCORE, {AUDIO_VISUAL: "networks/def", VISUAL_ONLY: "networks/abc"}) != key
+    assert score_key(SCORE, {AUDIO_VISUAL: "networks/abc"}) != key
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "matters"),
+    [
+        *DATA_CHANGES,
+        ("split", "test", True),
+        ("sample_ids", ("val-1", "val-0"), True),
+        ("rule", TASK.current_rule, True),
+        ("num_classes", 6, True),
+        ("batch_size", 8, True),
+    ],
+)
+def test_what_the_address_of_counts_depends_on(path, value, matters):
+    assert (evaluate_key(changed(EVALUATE, path, value), "n/abc") != evaluate_key(EVALUATE, "n/abc")) == matters
+    assert evaluate_key(EVALUATE, "elsewhere/abc") == evaluate_key(EVALUATE, "n/abc") != evaluate_key(EVALUATE, "n/def")
+
+
+def test_addresses_change_with_the_source(tmp_path, monkeypatch):
+    (tmp_path / "sub").mkdir()
+    for name, text in (("__init__.py", ""), ("sub/a.py", "x = 1\n"), ("notes.txt", "")):
+        (tmp_path / name).write_text(text)
+    real_key, real = train_key(JOB), store.code_version()
+    monkeypatch.setattr(cavs_model, "__file__", str(tmp_path / "__init__.py"))
+
+    def version():
+        store.code_version.cache_clear()
+        return store.code_version()
+
+    try:
+        versions = [version()]
+        assert versions[0] == version() != real
+        assert train_key(JOB) != real_key
+        (tmp_path / "notes.txt").write_text("more")
+        assert version() == versions[0]
+        for change in (
+            lambda: (tmp_path / "sub/a.py").write_text("x = 2\n"),
+            lambda: (tmp_path / "sub/a.py").rename(tmp_path / "sub/b.py"),
+            lambda: (tmp_path / "c.py").write_text(""),
+        ):
+            change()
+            versions.append(version())
+        assert len(set(versions)) == 4
+    finally:
+        store.code_version.cache_clear()
+
+
+def test_an_entry_is_readable_json_with_its_cost(tmp_path):
+    StoredBackend(FakeBackend(), tmp_path).evaluate(EVALUATE, "x")
+    [path] = (tmp_path / "counts").iterdir()
+    entry = json.loads(path.read_text())
+    assert entry["value"] == {"counts": [[1, 2], [3, 2**40]]}
+    assert entry["seconds"] >= 0
