@@ -106,7 +106,7 @@ def test_scores_are_the_same_however_they_are_shared(benchmark, stage):
     job = ScoreJob(stage, CMR(), task, data(benchmark), BATCH_SIZE, "fp32")
     classes = task.num_old if stage == "before" else task.num_classes
     networks = (AUDIO_VISUAL,) if stage == "before" else (AUDIO_VISUAL, VISUAL_ONLY)
-    models = {network: random_checkpoint(network, classes, seed) for seed, network in enumerate(networks)}
+    models = {network: random_checkpoint(network, classes, seed) for seed, network in enumerate(networks, 1)}
     whole = score_samples(job, models, job.sample_ids, CPU)
     assert whole.sample_ids == job.sample_ids == tuple(sample.id for sample in task.train)
     assert len(set(zip(*whole.columns.values(), strict=True))) > 3
