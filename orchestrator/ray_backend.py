@@ -252,8 +252,8 @@ class RayBackend:
 
     def _map_blocks(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """Applies a function to jobs in Ray tasks, in any order of work; results in the order of the jobs."""
-        task = ray.remote(scheduling_strategy="DEFAULT", num_cpus=1)(function)
-        references = [task.remote(job) for job in jobs]
+        shared = ray.put(function)
+        references = [_apply.options(scheduling_strategy="DEFAULT").remote(shared, job) for job in jobs]
         for reference in references:
             yield _get(reference)
 
@@ -287,6 +287,11 @@ class RayBackend:
         slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
         wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
         return max(1, -(-int(wanted) // batch_size)) * batch_size
+
+
+@ray.remote
+def _apply(function: Callable[[Any], Any], job: Any) -> Any:
+    return function(job)
 
 
 @ray.remote
