@@ -1,7 +1,7 @@
 """Progress in plain lines with an estimate of what is left. Watches events; never part of a result.
 
-Events are mappings with a "kind": "epoch" (from training), "note" (anything worth a line), "task" (a trial's stream finished
-a task) and "trial" (a trial ended).
+Events are mappings with a "kind": "steps" and "epoch" (from training), "note" (anything worth a line), "task" (a trial's stream
+finished a task) and "trial" (a trial ended).
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
+from cavs_model.train import TEACHER_COST
 from orchestrator.experiment import Experiment
 
 Event = Mapping[str, Any]
 Observer = Callable[[Event], None]
 
 POLL_SECONDS = 0.5
-LINE_SECONDS = 5.0  # at most one line of routine progress in this time
+LINE_SECONDS = 5.0  # at most one line on an epoch in this time
+STEPS_LINE_SECONDS = 15.0  # and on steps within an epoch
 HEARTBEAT_SECONDS = 20.0  # at least one line of any kind in this time
 
 
@@ -27,11 +29,19 @@ def silent(event: Event) -> None:
     """The observer that tells nobody."""
 
 
-def clip_passes(experiment: Experiment) -> tuple[int, ...]:
-    """Clip passes that training each task of one stream takes, rehearsed rows left out: the plan that estimates rest on."""
-    tasks, schedule = experiment.scenario.tasks(experiment.benchmark), experiment.schedule
-    networks = [1 if task is tasks[-1] else len(experiment.method.networks) for task in tasks]
-    return tuple(schedule.epochs_of(task) * len(task.train) * number for task, number in zip(tasks, networks, strict=True))
+def planned_work(experiment: Experiment) -> tuple[float, ...]:
+    """What training each task of one stream takes, in clip passes of the base task, rehearsed rows left out.
+
+    The plan that estimates of the time left rest on.
+    """
+    tasks = experiment.scenario.tasks(experiment.benchmark)
+    return tuple(
+        experiment.schedule.epochs_of(task)
+        * len(task.train)
+        * (1 if task is tasks[-1] else len(experiment.method.networks))
+        * (1.0 if task.is_base or not experiment.method.needs_teacher else TEACHER_COST)
+        for task in tasks
+    )
 
 
 def clock(seconds: float) -> str:
@@ -42,13 +52,13 @@ def clock(seconds: float) -> str:
 
 @dataclass
 class Progress:
-    """Prints events as lines and estimates the time left from clip passes done and still to be done.
+    """Prints events as lines and estimates the time left from the work done and still to be done.
 
-    `plan` is clip_passes of one stream; the base task is counted once per seed, later tasks once per trial and seed.
+    `plan` is planned_work of one stream; the base task is counted once per seed, later tasks once per trial and seed.
     """
 
     out: TextIO
-    plan: tuple[int, ...]
+    plan: tuple[float, ...]
     seeds: tuple[int, ...]
     trials: int
     mode: str = "max"  # which of two values of trials is the better
@@ -58,7 +68,7 @@ class Progress:
     started: float = 0.0
     _last_line: float = 0.0
     _done: float = 0.0
-    _running: dict[str, float] = field(default_factory=dict)  # label of a fit -> clips done, until its task is finished
+    _running: dict[str, float] = field(default_factory=dict)  # label of a fit -> work done, until its task is finished
     _tasks: set[tuple[int, int, int]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -67,12 +77,14 @@ class Progress:
     def __call__(self, event: Event) -> None:
         """Takes an event and prints a line where one is due."""
         kind = event["kind"]
-        if kind == "epoch":
-            self._done += event["clips"]
-            self._running[event["label"]] = self._running.get(event["label"], 0.0) + event["clips"]
-            if self.now() - self._last_line >= LINE_SECONDS:
-                place = f"{event['label']} epoch {event['epoch']}/{event['epochs']}"
-                self.line(f"{place} loss {event['loss']:.4f} {event['clips_per_second']:.0f} clips/s | {self.state()}")
+        if kind in ("steps", "epoch"):
+            self._done += event["work"]
+            self._running[event["label"]] = self._running.get(event["label"], 0.0) + event["work"]
+            pause = LINE_SECONDS if kind == "epoch" else STEPS_LINE_SECONDS
+            if self.now() - self._last_line >= pause:
+                loss = f" loss {event['loss']:.4f}" if "loss" in event else ""
+                place = f"{event['label']} epoch {event['epoch']}/{event['epochs']}{loss}"
+                self.line(f"{place} {event['clips_per_second']:.0f} clips/s | {self.state()}")
         elif kind == "task":
             self._tasks.add((0 if event["task"] == 0 else event["trial"], event["seed"], event["task"]))
             place = f"seed {event['seed']} task {event['task'] + 1}/"
@@ -106,7 +118,7 @@ class Progress:
         )
 
     def seconds_left(self) -> float | None:
-        """Clip passes still to be done at the speed so far; None before anything is known."""
+        """Work still to be done at the speed so far; None before anything is known."""
         if self.finished >= self.trials:
             return 0.0
         if not self._done:
@@ -125,8 +137,8 @@ class Progress:
         return label.startswith(f"{event['label']} ") or self.trials == 1
 
     def _forget(self, ended: Callable[[str], bool]) -> None:
-        """Drops fits from those that run: their clips are no longer part of the plan."""
-        self._running = {label: clips for label, clips in self._running.items() if not ended(label)}
+        """Drops fits from those that run: their work is no longer part of the plan."""
+        self._running = {label: work for label, work in self._running.items() if not ended(label)}
 
     def line(self, text: str) -> None:
         """Prints a line with the time since the start."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from orchestrator import cli
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
-from orchestrator.progress import Progress, clip_passes, watched
+from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.store import StoredBackend
 from orchestrator.stream import Backend, run_stream
@@ -33,7 +33,7 @@ def run() -> int:
     splits = [
         split for split in experiment.benchmark.splits() if split == "val" or (arguments.test and split.startswith("test"))
     ]
-    progress = Progress(sys.stdout, clip_passes(experiment), experiment.seeds, trials=1)
+    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1)
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
 
     if arguments.local:

@@ -109,13 +109,13 @@ def search(
 ) -> list[TrialResult]:
     """Runs the trials and returns them all, failed ones too. Tune's own state lies under `folder`/tune."""
     objective = plan.objectives[0]
+    # Tune's own table of trials and Optuna's greeting would run into our progress lines.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     algorithm = OptunaSearch(
         space=space.define, metric=objective.metric, mode=objective.mode, sampler=sampler_of(sampler, seed)
     )
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"cpu": 0, "memory": DRIVER_MEMORY_BYTES})
-    # Tune's own table of trials would run into our progress lines.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     results = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(

@@ -14,7 +14,7 @@ from typing import Any
 from cavs_model.errors import InputError
 from orchestrator import cli
 from orchestrator.experiment import Experiment, Objective, flatten, override
-from orchestrator.progress import Event, Progress, clip_passes, watched
+from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.search import SAMPLERS, Plan, TrialResult, mean_over_seeds, search
 from orchestrator.store import StoredBackend
@@ -39,10 +39,11 @@ class TrialLog:
     _error: Exception | None = None
 
     def __call__(self, event: Event) -> None:
-        if event["kind"] in ("epoch", "note", "task", "trial"):
+        if event["kind"] in ("steps", "epoch", "note", "task", "trial"):
             self.progress(event)
-        self._queue.append(event)
-        self.flush()
+        if event["kind"] in ("start", "task", "report", "trial"):
+            self._queue.append(event)
+            self.flush()
 
     def flush(self) -> None:
         """Writes the events that wait."""
@@ -112,7 +113,7 @@ def sweep() -> int:
     tracker = Tracker(tracking, outputs / "artifacts")
     folder = cli.new_folder(outputs / "sweeps", arguments.name, space.name)
     objective = space.objectives[0]
-    progress = Progress(sys.stdout, clip_passes(experiment), experiment.seeds, arguments.trials, objective.mode)
+    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, arguments.trials, objective.mode)
     progress.line(f"{space.name}: {arguments.trials} trials over {', '.join(knobs)}; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
 

@@ -60,6 +60,11 @@ class Method(ABC):
         return (AUDIO_VISUAL,)
 
     @property
+    def needs_teacher(self) -> bool:
+        """Whether `prepare` or `loss` reads the old network; without, Step.teacher is None and nobody runs it."""
+        return False
+
+    @property
     def scores_before(self) -> bool:
         """Whether `rehearse` reads scores of the old model on the new data."""
         return False

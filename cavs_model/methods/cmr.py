@@ -87,6 +87,10 @@ class CMR(Method):
         return self.selection != "random"
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.base.needs_teacher
+
+    @property
     def remembers(self) -> bool:
         return True
 

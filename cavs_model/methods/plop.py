@@ -53,6 +53,10 @@ class PLOP(Method):
     adaptive_factor: bool = knob(True)  # nu; paper and PLOP's code: on; CMR's release: logged only
     background_start: bool = knob(True)  # MiB's classifier start; both codes: on
 
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
     def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
         """MiB's start: background and each new class share the old background's probability equally."""
         if not task.is_base and self.background_start:

@@ -26,6 +26,10 @@ class Replay(Method):
     samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; CMR's budget
 
     @property
+    def needs_teacher(self) -> bool:
+        return self.base.needs_teacher
+
+    @property
     def remembers(self) -> bool:
         return True
 

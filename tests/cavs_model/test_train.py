@@ -23,7 +23,7 @@ from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay
 from cavs_model.networks.av_segmenter import build
 from cavs_model.scenario import Scenario
-from cavs_model.train import DivergedError, Schedule, Seeds, TaskJob, global_means, train_task
+from cavs_model.train import TEACHER_COST, DivergedError, Schedule, Seeds, TaskJob, global_means, train_task
 from cavs_model.types import AUDIO_VISUAL, BACKGROUND, IGNORE, VISUAL_ONLY, Mean, Row
 from cavs_model.worker import LocalWorker, epoch_batches
 
@@ -148,6 +148,7 @@ class Spy(Finetune):
 
     steps: ClassVar[list] = []
     prepared_ids: ClassVar[list] = []
+    needs_teacher = True
 
     def prepare(self, teacher, batches, task, all_reduce):
         for batch in batches:
@@ -266,7 +267,34 @@ def test_progress_is_reported_once_an_epoch(tmp_path):
         ("epoch", "a label", 2, 2),
     ]
     assert [each["loss"] for each in reports] == [record["loss"] for record in about.history]
-    assert all(each["clips"] == len(BASE.train) and each["clips_per_second"] > 0 for each in reports)
+    assert all(each["work"] == len(BASE.train) and each["clips_per_second"] > 0 for each in reports)
+
+
+def test_a_long_epoch_tells_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("cavs_model.train.PULSE_SECONDS", 0.0)
+    reports = []
+    trained(base_job(tmp_path), LocalWorker(on_report=reports.append))
+    kinds = [each["kind"] for each in reports]
+    assert kinds.count("epoch") == 2
+    assert kinds.count("steps") > 2
+    assert sum(each["work"] for each in reports) == pytest.approx(2 * len(BASE.train))
+
+
+def test_a_teacher_runs_only_where_the_method_reads_it(base, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(method):
+        loss = type(method).loss
+        monkeypatch.setattr(type(method), "loss", lambda self, step: seen.append(step.teacher is None) or loss(self, step))
+
+    for name, alone in (("finetune", True), ("plop", False)):
+        seen.clear()
+        job = shared_jobs(tmp_path, base)[name]
+        watched(job.method)
+        trained(job)
+        assert seen
+        assert all(each is alone for each in seen)
+        assert job.cost_per_clip == (1.0 if alone else TEACHER_COST)
 
 
 # Chance.

@@ -1,0 +1,177 @@
+"""The Ray backend's verbs on a real local cluster, against the same verbs in this process."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+
+from cavs_model import checkpoint
+from cavs_model.datasets.cache import missing_blocks
+from cavs_model.datasets.collage import Collage
+from cavs_model.errors import InputError
+from cavs_model.evaluate import Data, EvaluateJob
+from cavs_model.methods.cmr import CMR
+from cavs_model.train import TaskJob
+from orchestrator.experiment import Experiment, Resources, override
+from orchestrator.local_backend import LocalBackend
+from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, new_mailbox
+from orchestrator.store import StoredBackend
+from orchestrator.stream import TaskOutcome, run_stream
+from search_spaces.tones import BASE
+
+# Ray's own threads and sockets are still being closed when pytest looks.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+
+SHORT = override(
+    BASE,
+    {"schedule.base_epochs": 2, "schedule.epochs": 2, "benchmark.short_clips": True, "method.samples_per_class": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with connected() as cluster:
+        yield cluster
+
+
+def ray_backend(root: Path, workers: int = 1) -> RayBackend:
+    return RayBackend(root / "data", root / "scratch", Resources(workers=workers), new_mailbox())
+
+
+def stream(experiment: Experiment, backend: LocalBackend | RayBackend, root: Path) -> list[TaskOutcome]:
+    return list(run_stream(experiment, 0, StoredBackend(backend, root / "store")))
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> list[TaskOutcome]:
+    root = tmp_path_factory.mktemp("local")
+    return stream(SHORT, LocalBackend(root / "data"), root)
+
+
+@pytest.fixture(scope="module")
+def on_ray(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[TaskOutcome], RayBackend]:
+    root = tmp_path_factory.mktemp("ray")
+    backend = ray_backend(root)
+    return stream(SHORT, backend, root), backend
+
+
+def weights(outcome: TaskOutcome, network: str) -> dict[str, torch.Tensor]:
+    return checkpoint.load(Path(outcome.state.checkpoints[network])).state_dict()
+
+
+def test_ray_equals_local_bit_for_bit(local: list[TaskOutcome], on_ray: tuple[list[TaskOutcome], RayBackend]) -> None:
+    outcomes, _ = on_ray
+    assert len(outcomes) == len(local) == 2
+    for ours, theirs in zip(outcomes, local, strict=True):
+        assert ours.before == theirs.before
+        assert ours.rehearsal == theirs.rehearsal
+        assert ours.after == theirs.after
+        assert ours.state.memory == theirs.state.memory
+        np.testing.assert_array_equal(ours.counts["val"], theirs.counts["val"])
+        assert set(ours.trained) == set(theirs.trained)
+        for network, about in ours.trained.items():
+            assert about.history == theirs.trained[network].history
+            for name, tensor in weights(ours, network).items():
+                assert torch.equal(tensor, weights(theirs, network)[name]), (network, name)
+
+
+def test_workers_report_every_epoch_and_leave_no_scratch(on_ray: tuple[list[TaskOutcome], RayBackend]) -> None:
+    outcomes, backend = on_ray
+    epochs = [event for event in drain(backend.mailbox) if event["kind"] == "epoch"]
+    trained = sum(len(outcome.trained) for outcome in outcomes)
+    assert len(epochs) == 2 * trained == 6  # two networks on the base task, one on the last
+    assert not list(backend.scratch.iterdir())
+
+
+def test_two_workers_train_like_one(cluster: Cluster, local: list[TaskOutcome], tmp_path: Path) -> None:
+    outcomes = stream(SHORT, ray_backend(tmp_path, workers=2), tmp_path)
+    for ours, theirs in zip(outcomes, local, strict=True):
+        for network, about in ours.trained.items():
+            assert about.world_size == 2
+            for mine, other in zip(about.history, theirs.trained[network].history, strict=True):
+                # Sums over workers are rounded in another order; Adam divides small gradients by their own size.
+                assert mine == pytest.approx(other, rel=2e-3)
+        assert sum(len(rows) for rows in ours.state.memory.by_class.values()) == len(theirs.state.memory.rows)
+    assert outcomes[-1].metrics() == pytest.approx(local[-1].metrics(), abs=0.02)
+
+
+def test_any_chunk_size_gives_the_same_scores_counts_and_memory(
+    cluster: Cluster, on_ray: tuple[list[TaskOutcome], RayBackend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of a single batch, where the backend by itself would take larger ones."""
+    outcomes, backend = on_ray
+    base = outcomes[0]
+    monkeypatch.setattr(RayBackend, "_chunk_clips", lambda self, abouts, clips, batch_size: batch_size)
+    calls: list[int] = []
+    chunks = RayBackend._chunks
+
+    def counted(self: RayBackend, *arguments: object) -> list[object]:
+        results = chunks(self, *arguments)  # type: ignore[arg-type]
+        calls.append(len(results))
+        return results
+
+    monkeypatch.setattr(RayBackend, "_chunks", counted)
+    # The same networks, other scores: the store of the first stream gives the checkpoints, nothing else.
+    fresh = StoredBackend(backend, tmp_path / "store")
+    (tmp_path / "store" / "networks").rmdir()
+    (tmp_path / "store" / "networks").symlink_to(Path(base.state.checkpoints["audio_visual"]).parent)
+    again = list(run_stream(SHORT, 0, fresh))
+    assert max(calls) > 1
+    for ours, theirs in zip(again, outcomes, strict=True):
+        assert (ours.before, ours.after, ours.state.memory) == (theirs.before, theirs.after, theirs.state.memory)
+        np.testing.assert_array_equal(ours.counts["val"], theirs.counts["val"])
+
+
+def test_clips_are_rendered_by_tasks(cluster: Cluster, tmp_path: Path) -> None:
+    benchmark = Collage(frames=1, image_size_px=48, train_clips=70, val_clips=48, test_clips=24)
+    backend = ray_backend(tmp_path)
+    assert len(missing_blocks(benchmark, "train", tmp_path / "data")) == 2
+    backend.prepare(benchmark, ("train", "val"))
+    assert not missing_blocks(benchmark, "train", tmp_path / "data")
+    assert not missing_blocks(benchmark, "val", tmp_path / "data")
+
+
+def test_bad_input_in_a_worker_is_told_as_itself(
+    cluster: Cluster, on_ray: tuple[list[TaskOutcome], RayBackend], tmp_path: Path
+) -> None:
+    outcomes, backend = on_ray
+    path = tmp_path / "damaged"
+    about = checkpoint.read_about(Path(outcomes[0].state.checkpoints["audio_visual"]))
+    checkpoint.save(path, {"not": torch.zeros(1)}, about)
+    job = EvaluateJob("val", ("val-00000",), outcomes[0].task.seen_rule, outcomes[0].task.num_classes, _data(), 8, "fp32")
+    with pytest.raises(InputError, match="does not fit its description"):
+        backend.evaluate(job, str(path))
+    task = outcomes[1].task
+    train = TaskJob(
+        "audio_visual", task, _data(), (), CMR(), SHORT.network, SHORT.schedule, "fp32", SHORT.seeds_of(0),
+        str(path), str(tmp_path / "out"),
+    )  # fmt: skip
+    with pytest.raises(InputError, match="does not fit its description"):
+        backend.train([train])
+
+
+def _data() -> Data:
+    return Data(SHORT.benchmark, "", SHORT.scenario.learned_order(SHORT.benchmark))
+
+
+def test_what_does_not_fit_the_cluster_is_told_at_once(cluster: Cluster) -> None:
+    too_many = int(cluster.cpus) + 1
+    with pytest.raises(InputError, match=rf"{too_many} workers need {too_many} CPUs, the cluster has {cluster.cpus:g}"):
+        cluster.concurrent_jobs(Resources(workers=too_many))
+    with pytest.raises(InputError, match=r"need 512 GPUs"):
+        cluster.concurrent_jobs(Resources(workers=1, gpus_per_worker=512))
+    assert cluster.concurrent_jobs(Resources()) == int(cluster.cpus)
+    half = dataclasses.replace(cluster, gpus=1.0)
+    assert half.concurrent_jobs(Resources(gpus_per_worker=0.5)) == min(2, int(cluster.cpus))
+
+
+def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
+    assert cluster.started_here
+    assert cluster.dashboard.startswith("127.0.0.1:")
+    assert ray.get_runtime_context().gcs_address == cluster.address

@@ -1,0 +1,123 @@
+"""The main job for real, on toys: a cluster, trials, MLflow, the best configuration tested; and a sweep whose trials fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
+
+TRIALS = 3
+ROOT = Path(__file__).parents[2]
+
+
+def sweep(outputs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator.sweep", "tones", "--outputs", str(outputs), *arguments],
+        cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    outputs = tmp_path_factory.mktemp("outputs")
+    short = ("--set", "schedule.base_epochs=2", "--set", "schedule.epochs=2")
+    return outputs, sweep(outputs, "--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *short)
+
+
+def runs(outputs: Path, kind: str) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    experiment = client.get_experiment_by_name("cavs")
+    return list(client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def test_a_sweep_ends_well_and_says_where_to_look(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    outputs, process = done
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert f"{TRIALS}/{TRIALS} trials done" in process.stdout
+    assert "best: val/miou/all" in process.stdout
+    assert str(outputs / "sweeps" / "toy") in process.stdout
+    assert "make ui" in process.stdout
+    with open(outputs / "sweeps" / "toy" / "trials.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == TRIALS
+    values = [float(row["val/miou/all"]) for row in rows]
+    assert values == sorted(values, reverse=True)
+    best = json.loads((outputs / "sweeps" / "toy" / "best.json").read_text())
+    assert best["val/miou/all"] == values[0]
+    assert set(best["config"]) == {"method.samples_per_class", "method.resampling_ratio"}
+
+
+def test_mlflow_holds_parent_trials_and_streams(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    outputs, _ = done
+    (parent,) = runs(outputs, "sweep")
+    trials, streams = runs(outputs, "trial"), runs(outputs, "stream")
+    assert parent.info.status == "FINISHED"
+    assert len(trials) == TRIALS
+    assert {trial.data.tags["mlflow.parentRunId"] for trial in trials} == {parent.info.run_id}
+    of_trials = [stream for stream in streams if stream.data.tags["mlflow.parentRunId"] != parent.info.run_id]
+    (tested,) = [stream for stream in streams if stream not in of_trials]
+    assert {stream.data.tags["mlflow.parentRunId"] for stream in of_trials} == {trial.info.run_id for trial in trials}
+    assert {run.info.status for run in [*trials, *streams]} == {"FINISHED"}
+    for run in [*trials, *of_trials]:
+        assert "method.samples_per_class" in run.data.params
+        assert "val/miou/all" in run.data.metrics
+        assert not any(name.startswith("test/") for name in run.data.metrics)  # validation alone chooses
+    assert "test/miou/all" in tested.data.metrics
+    assert "test/miou/all" in parent.data.metrics
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    for stream in of_trials:
+        assert {"miou/all", "miou/old", "miou/new", "miou/foreground"} <= set(stream.data.metrics)
+        assert [point.step for point in client.get_metric_history(stream.info.run_id, "miou/all")] == [0, 1]
+        losses = client.get_metric_history(stream.info.run_id, "train/audio_visual/cross_entropy")
+        assert [point.step for point in losses] == [0, 1, 2, 3]
+        assert "train/visual_only/cross_entropy" in stream.data.metrics
+        listed = {
+            item.path for folder in ("", "task_0", "task_1") for item in client.list_artifacts(stream.info.run_id, folder)
+        }
+        assert {"config.json", "task_0/memory.json", "task_1/collisions.json", "task_1/confusion_val.json"} <= listed
+
+
+def test_the_base_task_is_trained_once_for_all_trials(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    outputs, _ = done
+    networks = [json.loads(path.read_text()) for path in (outputs / "store" / "networks").glob("*/about.json")]
+    base = [about for about in networks if about["num_classes"] == 3]
+    assert sorted(about["network"] for about in base) == ["audio_visual", "visual_only"]
+    assert all(about["network"] == "audio_visual" for about in networks if about not in base)
+    assert 1 <= len(networks) - len(base) <= TRIALS
+
+
+def test_nothing_is_left_behind(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    outputs, _ = done
+    assert not list((outputs / "scratch").iterdir())
+    assert not [path for path in outputs.rglob(".*") if path.name != ".mlflow.db.lock" and "tune" not in path.parts]
+
+
+def test_a_trial_that_fails_is_marked_and_the_sweep_says_so(
+    done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    process = sweep(tmp_path, "--trials", "1", "--set", "schedule.learning_rate=1e30", "--set", "schedule.base_epochs=2")
+    assert process.returncode == 1, process.stdout + process.stderr
+    assert "loss is not finite" in process.stdout
+    assert "no trial ended well" in process.stdout
+    (trial,) = runs(tmp_path, "trial")
+    assert trial.info.status == "FAILED"
+    assert "loss is not finite" in trial.data.tags["failure"]
+    assert {run.info.status for run in runs(tmp_path, "stream")} == {"FAILED"}
+    assert runs(tmp_path, "sweep")[0].info.status == "FAILED"
+
+
+def test_more_workers_than_the_cluster_has(tmp_path: Path) -> None:
+    process = sweep(tmp_path, "--set", "resources.workers=512")
+    assert process.returncode == 2
+    assert "512 workers need 512 CPUs, the cluster has" in process.stderr
+    assert "Traceback" not in process.stderr
