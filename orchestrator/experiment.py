@@ -105,18 +105,18 @@ class Trial(typing.Protocol):
     def suggest_categorical(self, name: str, choices: Any) -> Any: ...
 
 
+BASE_FILE = "base"  # of every such package: what its other files build on
+
+
 def members(package: types.ModuleType, base: type) -> dict[str, type]:
     """File name -> the concrete subclass of `base` that the file defines, for every file of a package."""
     found: dict[str, type] = {}
     for info in pkgutil.iter_modules(package.__path__):
+        if info.name == BASE_FILE:
+            continue
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
-            if (
-                isinstance(value, type)
-                and issubclass(value, base)
-                and value is not base
-                and value.__module__ == module.__name__
-            ):
+            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
                 found[info.name] = value
     return found
 

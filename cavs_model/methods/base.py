@@ -110,6 +110,29 @@ class Method(ABC):
         return memory
 
 
+class RehearsalMethod(Method):
+    """A method with a memory that trains by the losses of another method, its field `base`."""
+
+    base: Method
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.base.needs_teacher
+
+    def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
+        self.base.init_new_classes(classifier, task)
+
+    def prepare(self, teacher: Network, batches: Iterable[Batch], task: Task, all_reduce: Callable[[Tensor], Tensor]) -> Any:
+        return self.base.prepare(teacher, batches, task, all_reduce)
+
+    def loss(self, step: Step) -> dict[str, Mean]:
+        return self.base.loss(step)
+
+
 def acting(method: Method, stage: Stage) -> dict[str, Any]:
     """What of a method can change the outcome of a stage: its name and the values of the knobs that act there.
 

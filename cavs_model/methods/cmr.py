@@ -23,15 +23,15 @@ Where paper and authors' code disagree or are silent, and what is done here:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cavs_model.methods.base import Method, knob
+from cavs_model.methods.base import Method, RehearsalMethod, knob
 from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import random_rows
 from cavs_model.types import (
@@ -52,7 +52,7 @@ from cavs_model.types import (
 
 
 @dataclass(frozen=True)
-class CMR(Method):
+class CMR(RehearsalMethod):
     """`base` trains on new data and memory; MSS chooses what the memory keeps, CSR how often it is learned again."""
 
     base: Method = knob(PLOP(), acts="train")  # the losses; paper and code: PLOP, schedule off
@@ -87,30 +87,14 @@ class CMR(Method):
         return self.selection != "random"
 
     @property
-    def needs_teacher(self) -> bool:
-        return self.base.needs_teacher
-
-    @property
-    def remembers(self) -> bool:
-        return True
-
-    @property
     def _resamples(self) -> bool:
         return self.resampling != "off" and self.resampling_ratio > 0
-
-    # Training is the base method's.
-
-    def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
-        self.base.init_new_classes(classifier, task)
-
-    def prepare(self, teacher: Network, batches: Iterable[Batch], task: Task, all_reduce: Callable[[Tensor], Tensor]) -> Any:
-        return self.base.prepare(teacher, batches, task, all_reduce)
 
     def loss(self, step: Step) -> dict[str, Mean]:
         """The base's terms. With `memory_truth` "overwritten" the base takes rehearsed samples for new data."""
         if self.memory_truth == "overwritten":
             step = replace(step, batch=as_new_data(step.batch, step.task))
-        return self.base.loss(step)
+        return super().loss(step)
 
     # CSR: how often to rehearse.
 

@@ -6,41 +6,22 @@ resampling. No paper of its own; 5 samples per class is CMR's budget, so that th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
 
-from cavs_model.methods.base import Method, knob
+from cavs_model.methods.base import Method, RehearsalMethod, knob
 from cavs_model.methods.finetune import Finetune
-from cavs_model.types import Batch, Mean, Memory, Network, Row, Sample, ScoreTable, Step, Task
+from cavs_model.types import Memory, Row, Sample, ScoreTable, Task
 
 
 @dataclass(frozen=True)
-class Replay(Method):
+class Replay(RehearsalMethod):
     """`base` trains; the memory keeps `samples_per_class` random samples of every class."""
 
     base: Method = knob(Finetune(), acts="train")  # the losses
     samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; CMR's budget
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.base.needs_teacher
-
-    @property
-    def remembers(self) -> bool:
-        return True
-
-    def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
-        self.base.init_new_classes(classifier, task)
-
-    def prepare(self, teacher: Network, batches: Iterable[Batch], task: Task, all_reduce: Callable[[Tensor], Tensor]) -> Any:
-        return self.base.prepare(teacher, batches, task, all_reduce)
-
-    def loss(self, step: Step) -> dict[str, Mean]:
-        return self.base.loss(step)
 
     def remember(self, scores: ScoreTable | None, memory: Memory, task: Task, rng: np.random.Generator) -> Memory:
         return memory.extended(random_rows(task.train, task.new_classes, self.samples_per_class, rng))
