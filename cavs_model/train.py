@@ -228,7 +228,7 @@ def _mean_terms(sums: Mapping[str, Tensor], steps: int, worker: Worker) -> dict[
 class _Pulse:
     """Tells how far an epoch is: every few seconds a "steps" event, at its end an "epoch" event, for whoever watches.
 
-    "work" is what was done since the last event, in clip passes of the base task.
+    "work" is what was done in the "seconds" since the last event, in clip passes of the base task.
     """
 
     def __init__(self, job: TaskJob, worker: Worker, epoch: int) -> None:
@@ -254,6 +254,7 @@ class _Pulse:
                 "epoch": self._epoch + 1,
                 "epochs": job.schedule.epochs_of(job.task),
                 "work": (done - self._done) * job.num_samples * job.cost_per_clip,
+                "seconds": now - self._told,
                 "clips_per_second": done * job.num_samples / max(now - self._started, 1e-9),
                 **more,
             }

@@ -67,6 +67,7 @@ class Progress:
     best: float | None = None
     started: float = 0.0
     _last_line: float = 0.0
+    _working_since: float = 0.0
     _done: float = 0.0
     _running: dict[str, float] = field(default_factory=dict)  # label of a fit -> work done, until its task is finished
     _tasks: set[tuple[int, int, int]] = field(default_factory=set)
@@ -78,6 +79,8 @@ class Progress:
         """Takes an event and prints a line where one is due."""
         kind = event["kind"]
         if kind in ("steps", "epoch"):
+            if not self._done:
+                self._working_since = self.now() - event["seconds"]
             self._done += event["work"]
             self._running[event["label"]] = self._running.get(event["label"], 0.0) + event["work"]
             pause = LINE_SECONDS if kind == "epoch" else STEPS_LINE_SECONDS
@@ -130,7 +133,8 @@ class Progress:
                 later = range(1, len(self.plan))
                 planned += sum(self.plan[task] for task in later if (trial, seed, task) not in self._tasks)
         left = max(0.0, planned - sum(self._running.values()))
-        return left * (self.now() - self.started) / self._done
+        # Since the first step: what came before it, data and processes, comes only once.
+        return left * (self.now() - self._working_since) / self._done
 
     def _of_trial(self, label: str, event: Event) -> bool:
         """Whether a fit is the event's trial's: its label starts with the trial's, or it is the only one (no search)."""

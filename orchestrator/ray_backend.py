@@ -100,11 +100,15 @@ def resources() -> Mapping[str, float]:
 def connected(verbose: bool = False) -> Iterator[Cluster]:
     """Joins the cluster at RAY_ADDRESS, or starts a local one with dashboard and token that ends with the block.
 
-    Workers get WORKER_ENVIRONMENT and what of PASSED_ON is set here: a driver's variables do not reach them by themselves.
+    Workers get WORKER_ENVIRONMENT, what is set here taking precedence, and PASSED_ON where it is set: a driver's variables do
+    not reach them by themselves. InputError where there is no cluster to join.
     """
     started_here = not in_cluster()
-    variables = {**WORKER_ENVIRONMENT, **{name: os.environ[name] for name in PASSED_ON if name in os.environ}}
-    os.environ.update(WORKER_ENVIRONMENT)  # the driver itself may start a fit
+    for name, value in WORKER_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)  # the driver itself may start a fit
+    variables = {name: os.environ[name] for name in (*WORKER_ENVIRONMENT, *PASSED_ON) if name in os.environ}
+    # A job that sets one of them too would otherwise be refused, even where the values agree.
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
     try:
         context = ray.init(
             address="local" if started_here else os.environ["RAY_ADDRESS"],

@@ -45,7 +45,7 @@ class Watched:
             self.clock.seconds += seconds
             self.progress(
                 {"kind": "epoch", "label": label, "epoch": epoch, "epochs": of or epochs, "work": clips,
-                 "clips_per_second": 10.0, "loss": 0.5}
+                 "seconds": seconds, "clips_per_second": 10.0, "loss": 0.5}
             )  # fmt: skip
 
     def task(self, trial, task, seed=0):
@@ -80,6 +80,7 @@ def test_the_clock(seconds, text):
 def test_the_estimate_is_what_is_left_at_the_speed_so_far():
     watched = Watched(plan=(100, 50), seeds=(0, 1), trials=3)
     assert watched.left is None
+    watched.clock.seconds += 60.0  # starting processes and making data is no training
     assert "estimating" in watched.progress.state()
     # 20 clips in 4 s; 2 bases of 100 and 3 x 2 later tasks of 50 are 500 clips.
     watched.epochs("trial 1 seed 0 task 1/2 audio_visual", 10, 2, of=10, seconds=2.0)
