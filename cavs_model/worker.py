@@ -75,9 +75,13 @@ class LocalWorker:
             self.on_report(record)
 
 
-def default_device() -> torch.device:
-    """The first GPU where there is one, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+def device_for(gpus: float) -> torch.device:
+    """The CPU for a job without GPU, whatever the machine has, else the process's first GPU. InputError where there is none."""
+    if not gpus:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError("resources.gpus_per_worker asks for a GPU, and torch sees none here; set it to 0")
+    return torch.device("cuda", 0)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,17 @@ from cavs_model.datasets.base import Benchmark
 from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
 from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
-from cavs_model.worker import LocalWorker, default_device
+from cavs_model.worker import LocalWorker, device_for
+from orchestrator.experiment import Resources
 from orchestrator.progress import Observer, silent
 
 
 @dataclass(frozen=True)
 class LocalBackend:
-    """One process, one worker, `threads` threads of torch. `cache_root` is where decoded clips are kept."""
+    """One process, one worker, with the threads and the device of `resources`. `cache_root` holds the decoded clips."""
 
     cache_root: Path
-    threads: int = 1
+    resources: Resources = field(default_factory=Resources)
     observer: Observer = silent
 
     def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
@@ -51,8 +52,8 @@ class LocalBackend:
         return checkpoint.read_about(Path(checkpoint_path))
 
     def _device(self) -> torch.device:
-        torch.set_num_threads(self.threads)
-        return default_device()
+        torch.set_num_threads(self.resources.cpus_per_worker)
+        return device_for(self.resources.gpus_per_worker)
 
 
 def _pool_map(function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:

@@ -34,7 +34,7 @@ from cavs_model.errors import InputError
 from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
 from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
-from cavs_model.worker import default_device, synchronise_batch_norm
+from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
 from orchestrator.progress import Event
 
@@ -277,7 +277,7 @@ class RayBackend:
         gpus = self.resources.gpus_per_worker
         # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
         options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
-        references = [options.remote(job, weights, chunk) for chunk in chunks]
+        references = [options.remote(job, weights, chunk, gpus) for chunk in chunks]
         try:
             return [_get(reference) for reference in references]
         except BaseException:
@@ -299,15 +299,15 @@ def _apply(function: Callable[[Any], Any], job: Any) -> Any:
 
 
 @ray.remote
-def _score(job: ScoreJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str]) -> ScoreTable:
+def _score(job: ScoreJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float) -> ScoreTable:
     torch.set_num_threads(1)
-    return score_samples(job, models, sample_ids, default_device())
+    return score_samples(job, models, sample_ids, device_for(gpus))
 
 
 @ray.remote
-def _evaluate(job: EvaluateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str]) -> np.ndarray:
+def _evaluate(job: EvaluateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float) -> np.ndarray:
     torch.set_num_threads(1)
-    return evaluate(job, models[""], sample_ids, default_device())
+    return evaluate(job, models[""], sample_ids, device_for(gpus))
 
 
 def _get(reference: Any) -> Any:

@@ -37,7 +37,7 @@ def run() -> int:
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
 
     if arguments.local:
-        backend = LocalBackend(outputs / "data", experiment.resources.cpus_per_worker, progress)
+        backend = LocalBackend(outputs / "data", experiment.resources, progress)
         with watched(list, progress, progress.heartbeat):
             _streams(experiment, splits, backend, outputs, tracker, progress, name)
     else:

@@ -20,6 +20,7 @@ from cavs_model.worker import (
     GlobalBatchNorm,
     LocalWorker,
     arithmetic,
+    device_for,
     epoch_batches,
     my_part,
     prefetch,
@@ -286,3 +287,12 @@ def test_global_batch_norm_refuses_layers_without_running_statistics():
     for layer in (nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3, momentum=None)):
         with pytest.raises(ValueError, match="running statistics"):
             GlobalBatchNorm(layer)
+
+
+def test_a_job_runs_where_its_resources_say_whatever_the_machine_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device_for(0) == torch.device("cpu")
+    assert device_for(0.5) == device_for(1) == torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"resources\.gpus_per_worker asks for a GPU"):
+        device_for(1)

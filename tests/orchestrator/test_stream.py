@@ -86,13 +86,6 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("streams")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def on_cpu():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("orchestrator.local_backend.default_device", lambda: torch.device("cpu"))
-        yield
-
-
 def run(experiment, root, seed=0, splits=("val",), backend=LocalBackend):
     store = StoredBackend(backend(root / "cache"), root / "store")
     watched = Watched(store)
