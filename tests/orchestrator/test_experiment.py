@@ -37,6 +37,9 @@ from orchestrator.experiment import (
     plain,
 )
 
+METHOD_NAMES = ", ".join(sorted(members(cavs_model.methods, Method)))
+BENCHMARK_NAMES = ", ".join(sorted(members(cavs_model.datasets, Benchmark)))
+
 VALID = [  # path, as text, as a value
     ("schedule.epochs", "7", 7),
     ("resources.workers", "4", 4),
@@ -184,11 +187,11 @@ def test_an_unknown_path_is_told_with_the_nearest_and_the_valid_ones(path, named
         ("seeds", (1.5,), "whole number"),
         ("scenario.class_order", (1, 2), "text"),
         ("init_seed", "x", "whole number"),
-        ("method", "mcr", "cmr, finetune, plop"),
-        ("method", None, "cmr, finetune, plop"),
-        ("method", [], "cmr, finetune, plop"),
-        ("method", Tones(), "cmr, finetune, plop"),
-        ("benchmark", "avs", "collage, tones"),
+        ("method", "mcr", METHOD_NAMES),
+        ("method", None, METHOD_NAMES),
+        ("method", [], METHOD_NAMES),
+        ("method", Tones(), METHOD_NAMES),
+        ("benchmark", "avs", BENCHMARK_NAMES),
         ("schedule", "3", "one of its fields: schedule.<field>"),
         ("schedule", {"epochs": 3}, "one of its fields"),
         ("resources", Schedule(), "one of its fields"),
