@@ -14,7 +14,7 @@ from cavs_model.datasets.base import Benchmark
 from cavs_model.datasets.cache import record_type
 from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
 from cavs_model.methods.finetune import Finetune
-from cavs_model.metrics import summary
+from cavs_model.metrics import diagnoses, stream_summary, summary
 from cavs_model.train import Seeds, TaskJob
 from cavs_model.types import AUDIO_VISUAL, Memory, Rehearsal, ScoreTable, State, Task
 from orchestrator.experiment import Experiment
@@ -56,6 +56,7 @@ class TaskOutcome:
     counts: Mapping[str, np.ndarray]
     memory_bytes: int
     first_epoch: int  # epochs of the tasks before: losses of all tasks form one curve
+    earlier: tuple[Mapping[str, list[list[int]]], ...] = ()  # `counts` of the tasks before, as plain numbers
 
     @property
     def is_last(self) -> bool:
@@ -68,6 +69,19 @@ class TaskOutcome:
             for split, counts in self.counts.items()
             for name, value in summary(torch.from_numpy(counts), self.num_base).items()
         }
+
+    def history(self, split: str) -> list[torch.Tensor]:
+        """The split's confusion counts after every task so far."""
+        return [*(torch.tensor(counts[split]) for counts in self.earlier), torch.from_numpy(self.counts[split])]
+
+    def diagnoses(self) -> dict[str, float]:
+        """ "<split>/drift/old", "<split>/stream/forgetting" and so on: what is logged but chooses nothing."""
+        found: dict[str, float] = {}
+        for split in self.counts:
+            history = self.history(split)
+            values = diagnoses(history[-1], self.num_base) | stream_summary(history)
+            found |= {f"{split}/{name}": value for name, value in values.items()}
+        return found
 
     def headline(self) -> str:
         """The outcome in a line."""
@@ -87,6 +101,7 @@ def run_stream(
     data = Data(benchmark, backend.prepare(benchmark, sorted(needed)), order)
     common = (data, schedule.batch_size, experiment.precision)
     state = State()
+    earlier: tuple[Mapping[str, list[list[int]]], ...] = ()
     for task in tasks:
         name = f"{label}seed {seed} task {task.index + 1}/{len(tasks)}"
         last, known = task is tasks[-1], {AUDIO_VISUAL: state.checkpoints[AUDIO_VISUAL]} if state.checkpoints else {}
@@ -124,8 +139,9 @@ def run_stream(
         yield TaskOutcome(
             seed, task, len(tasks), ("background", *order), tasks[0].num_classes, state, before, rehearsal, after,
             {network: backend.about(path) for network, path in checkpoints.items()}, counts,
-            memory_bytes(benchmark, memory), sum(schedule.epochs_of(earlier) for earlier in tasks[: task.index]),
+            memory_bytes(benchmark, memory), sum(schedule.epochs_of(past) for past in tasks[: task.index]), earlier,
         )  # fmt: skip
+        earlier += ({split: found.tolist() for split, found in counts.items()},)
 
 
 def chance(seeds: Seeds, task: Task, stage: int) -> np.random.Generator:

@@ -20,8 +20,10 @@ from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.tracking import MlflowClient
+from torch import Tensor
 
 from cavs_model.errors import InputError
+from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
 from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
 from orchestrator.stream import TaskOutcome
 
@@ -44,7 +46,7 @@ class Record:
 def record_of(outcome: TaskOutcome) -> Record:
     """The record of a task."""
     folder, names = f"task_{outcome.task.index}", outcome.class_names
-    metrics = outcome.metrics()
+    metrics = outcome.metrics() | outcome.diagnoses()
     # Unprefixed names are the validation split's: it is the one that chooses, and every run has it.
     metrics.update({name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")})
     metrics["memory/rows"] = float(len(outcome.state.memory.rows))
@@ -56,10 +58,11 @@ def record_of(outcome: TaskOutcome) -> Record:
         for epoch, terms in enumerate(about.history)
         for term, value in terms.items()
     )
-    artifacts: dict[str, Any] = {
-        f"{folder}/confusion_{split.replace('/', '_')}.json": {"classes": names[: len(counts)], "counts": counts.tolist()}
-        for split, counts in outcome.counts.items()
-    }
+    artifacts: dict[str, Any] = {}
+    for split in outcome.counts:
+        file, history = f"{split.replace('/', '_')}.json", outcome.history(split)
+        artifacts[f"{folder}/confusion_{file}"] = _confusion(history[-1], names)
+        artifacts[f"{folder}/matrix_{file}"] = _matrix(history, names)
     rows = [{"sample_id": row.sample_id, "class": names[row.class_id], **row.scores} for row in outcome.state.memory.rows]
     artifacts[f"{folder}/memory.json"] = {
         "rows": rows,
@@ -76,6 +79,28 @@ def record_of(outcome: TaskOutcome) -> Record:
             "rows": len(rehearsal.rows),
         }
     return Record(metrics, losses, outcome.task.index, artifacts)
+
+
+def _confusion(counts: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Pixel counts with the classes' names, and what they say of each class; null where a class has no pixel of truth."""
+    seen = names[: len(counts)]
+    return {
+        "classes": seen,
+        "counts": counts.tolist(),
+        "iou": dict(zip(seen, numbers(iou(counts)), strict=True)),
+        "f_score": dict(zip(seen, numbers(f_score(counts)), strict=True)),
+    }
+
+
+def _matrix(history: Sequence[Tensor], names: Sequence[str]) -> dict[str, Any]:
+    """The task x task matrix, and forgetting and backward transfer of each earlier task; null where there is no value."""
+    matrix = task_matrix(history)
+    return {
+        "classes": [list(names[span.start : span.stop]) for span in added_classes(history)],
+        "miou": [numbers(row) for row in matrix],
+        "forgetting": numbers(forgetting(matrix)),
+        "backward_transfer": numbers(backward_transfer(matrix)),
+    }
 
 
 def _named(record: Mapping[str, float], names: Sequence[str]) -> dict[str, Any]:

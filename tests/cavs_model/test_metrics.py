@@ -1,11 +1,29 @@
-"""The measures against naive loops over pixels and classes."""
+"""The measures against naive loops over pixels and classes, hand-made numbers, and scikit-learn where it has them."""
 
+import json
 import math
+from statistics import fmean
 
 import pytest
 import torch
+from sklearn.metrics import confusion_matrix, fbeta_score, jaccard_score
 
-from cavs_model.metrics import confusion, iou, summary
+from cavs_model.metrics import (
+    F_BETA_SQUARED,
+    added_classes,
+    backward_transfer,
+    confusion,
+    diagnoses,
+    f_score,
+    forgetting,
+    frame_ious,
+    frame_miou,
+    iou,
+    numbers,
+    stream_summary,
+    summary,
+    task_matrix,
+)
 from cavs_model.types import IGNORE
 
 
@@ -19,14 +37,37 @@ def scene(classes=5, absent=(), seed=0):
     return prediction, label
 
 
-def naive_iou(prediction, label, class_id):
+def labelled(prediction, label):
+    """The pixels that count, as (truth, prediction), which is the order of scikit-learn."""
+    pairs = zip(label.flatten().tolist(), prediction.flatten().tolist(), strict=True)
+    return [(true, said) for true, said in pairs if true != IGNORE]
+
+
+def columns(pairs):
+    return [true for true, _ in pairs], [said for _, said in pairs]
+
+
+def outcomes(prediction, label, class_id):
+    """Hits, false alarms and misses of a class."""
     hit = false = missed = 0
-    for said, true in zip(prediction.flatten().tolist(), label.flatten().tolist(), strict=True):
-        if true != IGNORE:
-            hit += said == class_id and true == class_id
-            false += said == class_id and true != class_id
-            missed += said != class_id and true == class_id
+    for true, said in labelled(prediction, label):
+        hit += said == class_id and true == class_id
+        false += said == class_id and true != class_id
+        missed += said != class_id and true == class_id
+    return hit, false, missed
+
+
+def naive_iou(prediction, label, class_id):
+    hit, false, missed = outcomes(prediction, label, class_id)
     return hit / (hit + false + missed) if hit + missed else math.nan
+
+
+def naive_f_score(prediction, label, class_id, beta_squared):
+    hit, false, missed = outcomes(prediction, label, class_id)
+    if not hit:
+        return 0.0 if missed else math.nan
+    precision, recall = hit / (hit + false), hit / (hit + missed)
+    return (1 + beta_squared) * precision * recall / (beta_squared * precision + recall)
 
 
 def test_confusion_counts_pairs_of_labelled_pixels():
@@ -86,3 +127,224 @@ def test_perfect_prediction_scores_one():
     _, label = scene()
     means = summary(confusion(label.long().clamp(max=4), label, 5), 3)
     assert set(means.values()) == {1.0}
+
+
+@pytest.mark.parametrize("absent", [(), (3,), (0, 4)])
+def test_scikit_learn_agrees_on_counts_iou_and_f_score(absent):
+    prediction, label = scene(absent=absent, seed=1)
+    if 0 in absent:
+        label[label == 0] = 1
+    counts, classes = confusion(prediction, label, 5), list(range(5))
+    pairs = columns(labelled(prediction, label))
+    assert counts.tolist() == confusion_matrix(*pairs, labels=classes).tolist()
+    true = [class_id for class_id in classes if class_id not in absent]
+    # scikit-learn gives 0 where a class is predicted and never true; here such a class has no value.
+    options = {"labels": true, "average": None, "zero_division": 0}
+    assert iou(counts)[true].tolist() == pytest.approx(jaccard_score(*pairs, **options).tolist())
+    for beta_squared in (F_BETA_SQUARED, 1.0, 4.0):
+        expected = fbeta_score(*pairs, beta=math.sqrt(beta_squared), **options)
+        assert f_score(counts, beta_squared)[true].tolist() == pytest.approx(expected.tolist())
+    for measure in (iou, f_score):
+        assert measure(counts)[list(absent)].isnan().all()
+
+
+def test_f_score_per_class():
+    prediction, label = scene(absent=(3,))
+    prediction[prediction == 4] = 1  # true, never predicted
+    counts = confusion(prediction, label, 5)
+    expected = [naive_f_score(prediction, label, class_id, 0.3) for class_id in range(5)]
+    assert f_score(counts).tolist() == pytest.approx(expected, nan_ok=True)
+    assert f_score(counts)[4] == 0
+    # Precision 1/2, recall 1/4: the smaller beta^2, the nearer to precision.
+    few = torch.tensor([[0, 1], [3, 1]])
+    assert f_score(few, 0.3)[1].item() == pytest.approx(1.3 / 8 / (0.3 / 2 + 1 / 4))
+    assert f_score(few, 1e-9)[1].item() == pytest.approx(1 / 2)
+    assert f_score(few, 1e9)[1].item() == pytest.approx(1 / 4)
+
+
+# Drift and confusion.
+
+
+def test_diagnoses_against_loops_over_pixels():
+    prediction, label = scene(classes=6, seed=2)
+    pairs, old, new = labelled(prediction, label), {1, 2}, {3, 4, 5}
+
+    def share(of, taken_for):
+        return fmean(said in taken_for for true, said in pairs if true in of)
+
+    ious = [naive_iou(prediction, label, class_id) for class_id in range(6)]
+    scores = [naive_f_score(prediction, label, class_id, 0.3) for class_id in range(6)]
+    found = diagnoses(confusion(prediction, label, 6), num_base=3)
+    assert found == pytest.approx(
+        {
+            "miou/old_foreground": fmean(ious[1:3]),
+            "f_score/all": fmean(scores),
+            "f_score/foreground": fmean(scores[1:]),
+            "drift/old": share(old, {0}),
+            "confusion/old_as_new": share(old, new),
+            "confusion/new_as_old": share(new, old),
+        }
+    )
+
+
+def test_the_means_of_scikit_learn():
+    prediction, label = scene(classes=6, seed=3)
+    counts, pairs = confusion(prediction, label, 6), columns(labelled(prediction, label))
+    found = summary(counts, 3) | diagnoses(counts, 3)
+    groups = {"all": range(6), "old": range(3), "new": range(3, 6), "foreground": range(1, 6), "old_foreground": (1, 2)}
+    for group, classes in groups.items():
+        expected = jaccard_score(*pairs, labels=list(classes), average="macro")
+        assert found[f"miou/{group}"] == pytest.approx(expected)
+    for group in ("all", "foreground"):
+        expected = fbeta_score(*pairs, beta=math.sqrt(0.3), labels=list(groups[group]), average="macro")
+        assert found[f"f_score/{group}"] == pytest.approx(expected)
+
+
+def test_diagnoses_of_a_matrix_made_by_hand():
+    counts = torch.tensor(
+        [
+            [90, 5, 3, 2],  # background, of which no share is taken
+            [30, 50, 10, 10],
+            [0, 20, 60, 20],
+            [7, 1, 2, 40],
+        ]
+    )
+    found = diagnoses(counts, num_base=3)
+    assert found["drift/old"] == pytest.approx(30 / 200)
+    assert found["confusion/old_as_new"] == pytest.approx(30 / 200)
+    assert found["confusion/new_as_old"] == pytest.approx(3 / 50)
+    assert found["miou/old_foreground"] == pytest.approx((50 / 126 + 60 / 115) / 2)
+
+
+def test_diagnoses_leave_out_what_has_no_pixel_or_no_class():
+    prediction, label = scene(classes=3)
+    at_base = diagnoses(confusion(prediction, label, 3), num_base=3)
+    assert set(at_base) == {"miou/old_foreground", "f_score/all", "f_score/foreground", "drift/old"}
+    prediction, label = scene(absent=(3, 4))
+    assert "confusion/new_as_old" not in diagnoses(confusion(prediction, label, 5), num_base=3)
+    assert "confusion/old_as_new" in diagnoses(confusion(prediction, label, 5), num_base=3)
+    assert diagnoses(torch.zeros(5, 5, dtype=torch.int64), 3) == {}
+
+
+def test_numbers_for_json():
+    assert numbers(torch.tensor([0.5, math.nan, 1.0])) == [0.5, None, 1.0]
+    assert json.dumps(numbers(torch.tensor([math.nan]))) == "[null]"
+
+
+# Over a stream.
+
+
+def stream(absent=(), ends=(3, 4, 6)):
+    """Maps after every task, the classes seen growing; later tasks see the same labels and future classes are IGNORE."""
+    _, label = scene(classes=ends[-1], absent=absent, seed=4)
+    seen = []
+    for seed, end in enumerate(ends):
+        visible = label.clone()
+        visible[label >= end] = IGNORE
+        draw = torch.Generator().manual_seed(seed)
+        wrong = torch.rand(label.shape, generator=draw) < 0.5
+        prediction = torch.where(wrong, torch.randint(end, label.shape, generator=draw), visible.long() % end)
+        seen.append((prediction, visible, end))
+    return seen, [confusion(*each) for each in seen]
+
+
+def naive_matrix(seen):
+    rows = []
+    for t, (prediction, label, _) in enumerate(seen):
+        rows.append([math.nan] * len(seen))
+        for k, classes in enumerate([(1, 2), (3,), (4, 5)][: t + 1]):
+            ious = [naive_iou(prediction, label, class_id) for class_id in classes]
+            known = [value for value in ious if not math.isnan(value)]
+            rows[t][k] = fmean(known) if known else math.nan
+    return rows
+
+
+@pytest.mark.parametrize("absent", [(), (1,), (3,), (1, 2, 3)])
+def test_measures_of_a_stream_against_loops(absent):
+    seen, history = stream(absent)
+    naive, matrix = naive_matrix(seen), task_matrix(history)
+    assert matrix.shape == (3, 3)
+    for found, expected in zip(matrix.tolist(), naive, strict=True):
+        assert found == pytest.approx(expected, nan_ok=True)
+    lost = [max(naive[t][k] for t in range(k, 2)) - naive[2][k] for k in range(2)]
+    moved = [naive[2][k] - naive[k][k] for k in range(2)]
+    assert forgetting(matrix).tolist() == pytest.approx(lost, nan_ok=True)
+    assert backward_transfer(matrix).tolist() == pytest.approx(moved, nan_ok=True)
+    expected = {"stream/average_miou": fmean(summary(counts, 3)["miou/all"] for counts in history)}
+    for name, values in (("stream/forgetting", lost), ("stream/backward_transfer", moved)):
+        if known := [value for value in values if not math.isnan(value)]:
+            expected[name] = fmean(known)
+    assert stream_summary(history) == pytest.approx(expected)
+
+
+def test_the_task_matrix_of_scikit_learn():
+    seen, history = stream()
+    matrix = task_matrix(history)
+    for t, (prediction, label, _) in enumerate(seen):
+        pairs = columns(labelled(prediction, label))
+        for k, classes in enumerate(added_classes(history)[: t + 1]):
+            assert matrix[t, k].item() == pytest.approx(jaccard_score(*pairs, labels=list(classes), average="macro"))
+
+
+def test_background_is_in_no_task_and_nothing_is_known_of_later_ones():
+    _, history = stream()
+    assert added_classes(history) == [range(1, 3), range(3, 4), range(4, 6)]
+    matrix = task_matrix(history)
+    assert matrix.isnan().tolist() == [[False, True, True], [False, False, True], [False, False, False]]
+    history[0][0, 0] += 1000  # background that is right moves no entry
+    assert torch.equal(task_matrix(history).nan_to_num(), matrix.nan_to_num())
+
+
+def test_forgetting_and_transfer_of_a_matrix_made_by_hand():
+    unknown = math.nan
+    matrix = torch.tensor(
+        [
+            [0.5, unknown, unknown, unknown],
+            [0.75, 0.25, unknown, unknown],  # the first task was best here
+            [0.25, 0.125, unknown, unknown],  # the third task has no pixel of truth, ever
+            [0.375, 0.5, unknown, 1.0],
+        ]
+    )
+    assert forgetting(matrix).tolist() == pytest.approx([0.375, -0.25, unknown], nan_ok=True)
+    assert backward_transfer(matrix).tolist() == pytest.approx([-0.125, 0.25, unknown], nan_ok=True)
+
+
+def test_a_stream_of_one_task_forgets_nothing():
+    _, history = stream()
+    assert forgetting(task_matrix(history[:1])).tolist() == backward_transfer(task_matrix(history[:1])).tolist() == []
+    expected = {"stream/average_miou": summary(history[0], 3)["miou/all"]}
+    assert stream_summary(history[:1]) == pytest.approx(expected)
+    assert stream_summary([torch.zeros_like(counts) for counts in history]) == {}
+
+
+# Over frames.
+
+
+def test_frame_ious_and_their_means():
+    prediction, label = scene(absent=(3,))
+    prediction[0, 0][prediction[0, 0] == 3] = 0  # a frame with the class in neither map
+    label[1, 2] = IGNORE
+    found = frame_ious(prediction, label, 5)
+    frames = list(zip(prediction.flatten(0, 1), label.flatten(0, 1), strict=True))
+    means = []
+    for row, (said, true) in zip(found.tolist(), frames, strict=True):
+        counted = [outcomes(said, true, class_id) for class_id in range(5)]
+        values = [hit / (hit + false + missed) if hit + false + missed else math.nan for hit, false, missed in counted]
+        assert row == pytest.approx(values, nan_ok=True)
+        if known := [value for value in values if not math.isnan(value)]:
+            means.append(fmean(known))
+    assert len(means) == 5
+    assert found[0, 3].isnan()
+    assert found[1, 3] == 0  # predicted, never true: AVSBench counts it
+    assert frame_miou(prediction, label, 5) == pytest.approx(fmean(means))
+    assert math.isnan(frame_miou(prediction, torch.full_like(label, IGNORE), 5))
+
+
+def test_frame_miou_of_scikit_learn():
+    prediction, label = scene(seed=5)
+    means = []
+    for said, true in zip(prediction.flatten(0, 1), label.flatten(0, 1), strict=True):
+        pairs = columns(labelled(said, true))
+        present = sorted({*pairs[0], *pairs[1]})
+        means.append(jaccard_score(*pairs, labels=present, average="macro", zero_division=0))
+    assert frame_miou(prediction, label, 5) == pytest.approx(fmean(means))

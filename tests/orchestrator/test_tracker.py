@@ -19,11 +19,12 @@ from mlflow.tracking import MlflowClient
 from cavs_model.checkpoint import About
 from cavs_model.datasets.tones import Tones
 from cavs_model.errors import InputError
+from cavs_model.methods.finetune import Finetune
 from cavs_model.scenario import Scenario
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Memory, Rehearsal, Row, ScoreTable, State
 from orchestrator import tracker as tracker_module
 from orchestrator.experiment import Experiment, fingerprint, flatten
-from orchestrator.stream import TaskOutcome
+from orchestrator.stream import TaskOutcome, run_stream
 from orchestrator.tracker import EXPERIMENT, Record, Tracker, record_of, tags_of, tracking_uri, without_password
 
 # MLflow's own, with the SQLAlchemy it allows.
@@ -180,9 +181,12 @@ def outcome(base=False):
     classes = 3 if base else 5
     counts = {"val": np.eye(classes, dtype=np.int64) * 10, "test/unseen": np.ones((classes, classes), dtype=np.int64)}
     counts["val"][1, 2] = 10
+    # After the base task half of the background is taken for class 2.
+    earlier = {split: np.array([[10, 0, 10], [0, 10, 0], [0, 0, 10]]).tolist() for split in counts}
     return TaskOutcome(
         4, BASE_TASK if base else TASK, 2, ("background", *TONES.class_names()), 3, State({AUDIO_VISUAL: "x"}, memory),
-        ScoreTable(()), Rehearsal() if base else rehearsal, None, abouts, counts, 1234, first_epoch=0 if base else 6,
+        ScoreTable(()), Rehearsal() if base else rehearsal, None, abouts, counts, 1234,
+        first_epoch=0 if base else 6, earlier=() if base else (earlier,),
     )  # fmt: skip
 
 
@@ -200,12 +204,40 @@ def test_the_metrics_of_a_task():
     assert record_of(outcome()).task == 1
 
 
+def test_the_diagnoses_of_a_task():
+    metrics = record_of(outcome()).metrics
+    expected = {
+        "miou/old_foreground": 0.5,
+        "drift/old": 0.0,
+        "confusion/old_as_new": 0.0,
+        "confusion/new_as_old": 0.0,
+        "stream/forgetting": (1 + 0.5) / 2 - 0.5,
+        "stream/backward_transfer": 0.5 - (1 + 0.5) / 2,
+        "stream/average_miou": ((0.5 + 1 + 0.5) / 3 + 0.8) / 2,
+    }
+    for name, value in expected.items():
+        assert metrics[name] == metrics[f"val/{name}"] == pytest.approx(value)
+        assert f"test/unseen/{name}" in metrics
+    shares = {name: metrics[f"test/unseen/{name}"] for name in expected if name.startswith(("drift", "confusion"))}
+    assert shares == pytest.approx({"drift/old": 0.2, "confusion/old_as_new": 0.4, "confusion/new_as_old": 0.4})
+    # Class 1: P = 1, R = 1/2; class 2: P = 1/2, R = 1.
+    scores = [1.3 * 0.5 / (0.3 + 0.5), 1.3 * 0.5 / (0.15 + 1)]
+    assert metrics["f_score/all"] == pytest.approx((sum(scores) + 3) / 5)
+    assert metrics["f_score/foreground"] == pytest.approx((sum(scores) + 2) / 4)
+    assert "miou/old_foreground" not in outcome().metrics()  # what a search reports stays as it is
+
+
 def test_the_base_task_has_no_new_classes_and_no_collisions():
     record = record_of(outcome(base=True))
     assert not any(name.endswith("miou/new") for name in record.metrics)
+    assert not any("confusion/" in name or "forgetting" in name or "transfer" in name for name in record.metrics)
+    assert record.metrics["stream/average_miou"] == record.metrics["miou/all"]
     assert set(record.artifacts) == {
         "task_0/memory.json", "task_0/confusion_val.json", "task_0/confusion_test_unseen.json",
+        "task_0/matrix_val.json", "task_0/matrix_test_unseen.json",
     }  # fmt: skip
+    matrix = record.artifacts["task_0/matrix_val.json"]
+    assert matrix == {"classes": [list(TONES.class_names()[:2])], "miou": [[0.5]], "forgetting": [], "backward_transfer": []}
 
 
 def test_losses_of_all_tasks_form_one_curve():
@@ -225,6 +257,7 @@ def test_the_artifacts_of_a_task():
     artifacts = record_of(outcome()).artifacts
     assert set(artifacts) == {
         "task_1/memory.json", "task_1/collisions.json", "task_1/confusion_val.json", "task_1/confusion_test_unseen.json",
+        "task_1/matrix_val.json", "task_1/matrix_test_unseen.json",
     }  # fmt: skip
     first, second = TONES.class_names()[:2]
     memory = artifacts["task_1/memory.json"]
@@ -244,7 +277,65 @@ def test_the_artifacts_of_a_task():
     confusion = artifacts["task_1/confusion_val.json"]
     assert confusion["classes"] == ("background", *TONES.class_names())
     assert confusion["counts"][1] == [0, 10, 10, 0, 0]
-    json.dumps(artifacts)
+    assert list(confusion["iou"]) == list(confusion["f_score"]) == list(confusion["classes"])
+    assert (confusion["iou"][first], confusion["iou"]["background"]) == (0.5, 1.0)
+    assert confusion["f_score"][first] == pytest.approx(1.3 * 0.5 / (0.3 + 0.5))
+    matrix = artifacts["task_1/matrix_val.json"]
+    assert matrix["classes"] == [[first, second], list(TONES.class_names()[2:])]
+    assert matrix["miou"] == [[0.75, None], [0.5, 1.0]]
+    assert (matrix["forgetting"], matrix["backward_transfer"]) == ([0.25], [-0.25])
+    json.dumps(artifacts, allow_nan=False)
+
+
+def test_a_class_without_truth_is_null():
+    counts = np.zeros((5, 5), dtype=np.int64)
+    counts[0, 0] = 1
+    empty = dataclasses.replace(outcome(), counts={"val": counts}, earlier=({"val": counts[:3, :3].tolist()},))
+    record = record_of(empty)
+    second = TONES.class_names()[1]
+    assert record.artifacts["task_1/confusion_val.json"]["iou"][second] is None
+    assert record.artifacts["task_1/matrix_val.json"]["miou"] == [[None, None], [None, None]]
+    assert record.metrics["stream/average_miou"] == 1.0
+    assert "stream/forgetting" not in record.metrics
+    json.dumps(record.artifacts, allow_nan=False)
+
+
+class Canned:
+    """A backend that trains nothing and knows its counts beforehand."""
+
+    def prepare(self, benchmark, splits):
+        return ""
+
+    def train(self, jobs):
+        return [f"{job.network} {job.task.index}" for job in jobs]
+
+    def about(self, checkpoint):
+        return About(AUDIO_VISUAL, 5, {})
+
+    def evaluate(self, job, checkpoint):
+        draw = np.random.default_rng([job.num_classes, job.split == "val"])
+        return draw.integers(1, 99, (job.num_classes, job.num_classes))
+
+
+def test_a_stream_hands_its_counts_on():
+    experiment = Experiment(benchmark=TONES, scenario=Scenario(setting="2-1"), method=Finetune())
+    outcomes = list(run_stream(experiment, 0, Canned(), ("val", "test")))
+    assert [len(each.earlier) for each in outcomes] == [0, 1, 2]
+    for split in ("val", "test"):
+        found = [each.tolist() for each in outcomes[-1].history(split)]
+        assert found == [each.counts[split].tolist() for each in outcomes]
+        rows = [record_of(each).artifacts[f"task_{index}/matrix_{split}.json"]["miou"] for index, each in enumerate(outcomes)]
+        assert [len(row) for row in rows] == [1, 2, 3]
+        # Later matrices begin with the earlier ones: what was measured once is not measured again.
+        assert [row[:2] for row in rows[2][:2]] == rows[1]
+        lost = [max(rows[2][t][k] for t in range(k, 2)) - rows[2][2][k] for k in range(2)]
+        metrics = record_of(outcomes[-1]).metrics
+        assert metrics[f"{split}/stream/forgetting"] == pytest.approx(sum(lost) / 2)
+        moved = [rows[2][2][k] - rows[2][k][k] for k in range(2)]
+        assert metrics[f"{split}/stream/backward_transfer"] == pytest.approx(sum(moved) / 2)
+        means = [record_of(each).metrics[f"{split}/miou/all"] for each in outcomes]
+        assert metrics[f"{split}/stream/average_miou"] == pytest.approx(sum(means) / 3)
+    assert metrics["stream/forgetting"] == metrics["val/stream/forgetting"] != metrics["test/stream/forgetting"]
 
 
 def test_the_memory_hash_changes_with_what_is_kept():
