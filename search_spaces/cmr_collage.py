@@ -13,7 +13,7 @@ from cavs_model.train import Schedule
 from orchestrator.experiment import Experiment, Objective, Trial
 
 BASE = Experiment(
-    benchmark=Collage(frames=1, train_clips=1600),
+    benchmark=Collage(frames=1, train_clips=1200),
     scenario=Scenario(setting="16-8", order="co-occurring-last"),
     method=CMR(base=PLOP(pod_weight=1e-5, pod_logits_weight=1e-6)),
     schedule=Schedule(base_epochs=5, epochs=4, batch_size=16, learning_rate=1e-3, decay="cosine"),
