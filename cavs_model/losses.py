@@ -1,6 +1,8 @@
-"""Losses that several methods share: pixel cross-entropy and local POD, as pairs of sums over real frames.
+"""Losses that several methods share: cross-entropy, distillation and local POD, as pairs of sums over real frames.
 
-Terms: Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, for local POD.
+Terms: Douillard et al., "PLOP: Learning without Forgetting for Continual Semantic Segmentation", CVPR 2021, for local POD;
+Cermelli et al., "Modeling the Background for Incremental Learning in Semantic Segmentation" (MiB), CVPR 2020, and its
+authors' code, which has LwF and ILT too, for the distillation.
 Axes as in types.py. Every loss computes in fp32 whatever the autocast, leaves its inputs as they are, and returns a types.Mean
 whose total and count (int64) are sums over this process's part of the batch, so that any split of a batch over workers gives
 the same mean. A part without anything to count has total 0 and count 0.
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cavs_model.types import IGNORE, Mean
+from cavs_model.types import BACKGROUND, IGNORE, Mean
 
 
 def cross_entropy(logits: Tensor, label: Tensor, real_frame: Tensor, frame_weight: Tensor | None = None) -> Mean:
@@ -28,6 +30,43 @@ def cross_entropy(logits: Tensor, label: Tensor, real_frame: Tensor, frame_weigh
         return Mean(F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="sum"), count)
     per_pixel = F.cross_entropy(scores, target, ignore_index=IGNORE, reduction="none")
     return Mean((per_pixel.sum((1, 2)) * frame_weight.flatten()).sum(), count)
+
+
+def distillation(student: Tensor, teacher: Tensor, real_frame: Tensor) -> Mean:
+    """Cross-entropy in nats between the teacher's and the student's softmax over the old classes, divided by their number O.
+
+    student, teacher: logits [B T O H W] of the same classes; real_frame [B T] bool. -(1 / O) sum_c q_c log p_c, q from the
+    teacher, summed over all pixels of real frames, labelled or not, and counted by them. Least where student and teacher say
+    the same. The teacher gets no gradient. ValueError where the shapes differ.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(f"distillation compares logits of one shape, got student {student.shape} and teacher {teacher.shape}")
+    wanted = torch.softmax(teacher.detach().float(), dim=2)
+    per_pixel = F.cross_entropy(student.float().flatten(0, 1), wanted.flatten(0, 1), reduction="none")
+    return over_real_pixels(per_pixel.view_as(student[:, :, 0]) / student.shape[2], real_frame)
+
+
+def weighted(weight: float, mean: Mean) -> Mean:
+    """`weight` times a mean."""
+    return Mean(weight * mean.total, mean.count)
+
+
+def over_real_pixels(per_pixel: Tensor, real_frame: Tensor) -> Mean:
+    """Losses per pixel [B T H W] summed over all pixels of real frames, and the number of these pixels."""
+    total = torch.where(real_frame, per_pixel.sum((2, 3)), 0.0).sum()
+    return Mean(total, real_frame.sum() * (per_pixel.shape[2] * per_pixel.shape[3]))
+
+
+def over_labelled_pixels(per_pixel: Tensor, label: Tensor, real_frame: Tensor) -> Mean:
+    """Losses per pixel [B T H W] summed over the labelled pixels of real frames, and their number."""
+    counted = (label != IGNORE) & real_frame[:, :, None, None]
+    return Mean(torch.where(counted, per_pixel, 0.0).sum(), counted.sum())
+
+
+def logit_of_label(logits: Tensor, label: Tensor) -> Tensor:
+    """Each pixel's logit for its label, [B T H W] from logits [B T C H W]; the background's where the label is IGNORE."""
+    index = label.masked_fill(label == IGNORE, BACKGROUND).long()
+    return logits.gather(2, index.unsqueeze(2)).squeeze(2)
 
 
 def local_pod(student: Tensor, teacher: Tensor, real_frame: Tensor, scales: tuple[int, ...] = (1, 2, 4)) -> Mean:

@@ -128,11 +128,13 @@ class Prediction:
     """What a network says of a batch.
 
     logits [B T C H W]; features: the maps that distillation compares, each [B T D h w]: four fused maps from fine to coarse,
-    then the decoder's map. Values at padded frames are zeros and mean nothing.
+    then the decoder's map; encoder: the four maps before fusion, which know nothing of the sound, of the same shapes as the
+    fused ones. Values at padded frames are zeros and mean nothing.
     """
 
     logits: Tensor
     features: tuple[Tensor, ...]
+    encoder: tuple[Tensor, ...] = ()
 
 
 Network = Callable[[Batch], Prediction]

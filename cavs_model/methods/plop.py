@@ -7,7 +7,9 @@ Learning in Semantic Segmentation", CVPR 2020). "Image" in the paper is one fram
 Where the sources disagree, and what is done here:
 
 - Maps: the paper's are encoder levels before activation, the decoder and the logits; CMR's release takes the four fused maps,
-  the decoder's map and the logits. Here as CMR's release: whatever `Prediction.features` holds, then the logits.
+  the decoder's map and the logits. Field `pod_maps`: "fused" (CMR's release: whatever `Prediction.features` holds) or
+  "encoder" (the paper's and PLOP's code: the four maps of `Prediction.encoder`, which end in a sum without activation, and
+  the decoder's map); then the logits. Both are six maps here.
 - Schedule sqrt(C_all / C_new) on the POD terms: PLOP's code on, CMR's release off. Field `pod_schedule`, off.
 - Entropy: the paper divides -sum q log q by log O; PLOP's code also averages over classes and divides by the logarithm a second
   time, which changes nothing but the meaning of the floor 0.001. Here as the paper writes it, with the code's floor
@@ -29,13 +31,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from cavs_model.losses import cross_entropy, local_pod
 from cavs_model.methods.base import Method, knob
-from cavs_model.types import BACKGROUND, IGNORE, Batch, Mean, Network, Step, Task
+from cavs_model.methods.mib import open_pixels, start_from_background
+from cavs_model.types import IGNORE, Batch, Mean, Network, Prediction, Step, Task
 
 ENTROPY_BINS = 2**16
 
@@ -46,6 +50,7 @@ class PLOP(Method):
 
     pod_weight: float = knob(0.01, at_least=0)  # lambda, features; both codes' default; 0 leaves the term out
     pod_logits_weight: float = knob(0.0005, at_least=0)  # lambda, logits; both codes' default; 0 leaves the term out
+    pod_maps: Literal["fused", "encoder"] = knob("fused", choices=("fused", "encoder"))  # CMR's release: fused; PLOP: encoder
     pod_scales: tuple[int, ...] = knob((1, 2, 4), at_least=1)  # S (the paper writes 1/s); paper and both codes
     pod_schedule: bool = knob(False)  # POD terms times sqrt(C_all / C_new); PLOP's code: on; CMR's release: off
     pseudo_labels: bool = knob(True)  # paper: "pseudo-labeling"; off trains on the labels as they are
@@ -79,12 +84,10 @@ class PLOP(Method):
             return {"cross_entropy": cross_entropy(step.student.logits, step.batch.label, step.batch.real_frame)}
         terms = {"cross_entropy": self._cross_entropy(step, step.teacher.logits)}
         real = step.batch.real_frame
-        share = self._schedule(step.task) / (len(step.student.features) + 1)
-        if self.pod_weight > 0 and step.student.features:
-            pods = [
-                local_pod(ours, theirs, real, self.pod_scales)
-                for ours, theirs in zip(step.student.features, step.teacher.features, strict=True)
-            ]
+        student, teacher = self._maps(step.student), self._maps(step.teacher)
+        share = self._schedule(step.task) / (len(student) + 1)
+        if self.pod_weight > 0 and student:
+            pods = [local_pod(ours, theirs, real, self.pod_scales) for ours, theirs in zip(student, teacher, strict=True)]
             terms["pod_features"] = Mean(
                 self.pod_weight * share * torch.stack([pod.total for pod in pods]).sum(), pods[0].count
             )
@@ -100,23 +103,16 @@ class PLOP(Method):
         label, certain_share = pseudo_labelled(batch, teacher_logits, step.prepared)
         return cross_entropy(step.student.logits, label, batch.real_frame, certain_share if self.adaptive_factor else None)
 
+    def _maps(self, prediction: Prediction) -> tuple[Tensor, ...]:
+        """The maps under the POD term "pod_features"."""
+        if self.pod_maps == "fused":
+            return prediction.features
+        if not prediction.encoder:
+            raise ValueError('pod_maps "encoder" needs a network that gives encoder maps')
+        return (*prediction.encoder, prediction.features[-1])
+
     def _schedule(self, task: Task) -> float:
         return math.sqrt(task.num_classes / task.num_new) if self.pod_schedule else 1.0
-
-
-def start_from_background(classifier: nn.Conv2d, task: Task) -> None:
-    """Sets, in place, the n new rows to w_bg with bias b_bg - log(n + 1), and the background's bias alike (MiB).
-
-    The probabilities of old classes, and the sum over background and new classes, are then those of the old classifier.
-    ValueError for a classifier without bias.
-    """
-    if classifier.bias is None:
-        raise ValueError("starting new classes from the background needs a classifier with bias")
-    with torch.no_grad():
-        classifier.weight[task.num_old :] = classifier.weight[BACKGROUND]
-        bias = classifier.bias[BACKGROUND] - math.log(task.num_new + 1)
-        classifier.bias[task.num_old :] = bias
-        classifier.bias[BACKGROUND] = bias
 
 
 def as_old_logits(logits: Tensor, num_old: int) -> Tensor:
@@ -133,12 +129,6 @@ def opinion(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits = logits.detach().float()
     entropy = torch.special.entr(torch.softmax(logits, dim=2)).sum(2) / math.log(max(logits.shape[2], 2))
     return logits.argmax(2), entropy
-
-
-def open_pixels(batch: Batch) -> Tensor:
-    """Pixels whose label leaves the class open, bool [B T H W]: background in new data, where old classes hide."""
-    new_data = batch.real_frame & ~batch.rehearsed[:, None]
-    return (batch.label == BACKGROUND) & new_data[:, :, None, None]
 
 
 def pseudo_labelled(batch: Batch, teacher_logits: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ class AVSegmenter(nn.Module):
     """Batch -> Prediction: logits at full resolution, the four fused maps (strides 4 to 32) and the decoder map (stride 2).
 
     Made for channels_last memory (module.to(memory_format=torch.channels_last)) and for autocast: logits and fused maps are
-    float32 always, the decoder map has autocast's type.
+    float32 always, the decoder map and the encoder maps have autocast's type.
     """
 
     def __init__(self, config: NetworkConfig, num_classes: int, network: str) -> None:
@@ -76,7 +76,7 @@ class AVSegmenter(nn.Module):
         self.classifier = GrowingClassifier(config.head_channels, num_classes)
 
     def forward(self, batch: Batch) -> Prediction:
-        """Logits float32 [B T C H W] and features, each [B T D h w]; zeros at padded frames.
+        """Logits float32 [B T C H W], features and encoder maps, each [B T D h w]; zeros at padded frames.
 
         InputError where a picture's side is not a multiple of 32 pixels, ValueError where no frame of the batch is real.
         """
@@ -85,10 +85,15 @@ class AVSegmenter(nn.Module):
         if self.audio_encoder is not None:
             audio = self.audio_encoder(frames.select(batch.audio))
         maps = self.visual_encoder(frames.select(batch.image))
-        fused = [fuse(reduce(item), frames, audio) for item, reduce, fuse in zip(maps, self.reduce, self.fuse, strict=True)]
+        reduced = [reduce(item) for item, reduce in zip(maps, self.reduce, strict=True)]
+        fused = [fuse(item, frames, audio) for item, fuse in zip(reduced, self.fuse, strict=True)]
         decoded, head = self.decoder(fused)
         logits = self.classifier(head)
-        return Prediction(frames.scatter(logits), tuple(frames.scatter(item) for item in (*fused, decoded)))
+        return Prediction(
+            frames.scatter(logits),
+            features=tuple(frames.scatter(item) for item in (*fused, decoded)),
+            encoder=tuple(frames.scatter(item) for item in reduced),
+        )
 
 
 def build(config: NetworkConfig, num_classes: int, network: str) -> AVSegmenter:

@@ -1,7 +1,9 @@
 """Small tasks, batches and predictions for the tests of losses and methods."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,14 +43,15 @@ def batch(clips: int = 4, frames: int = 3, classes: range = range(OLD, CLASSES),
 
 
 def prediction(clips: int, frames: int, classes: int, seed: int, grad: bool = False) -> Prediction:
-    """Random logits and features of several sizes; never zero at padding, so that whoever reads it is found out."""
+    """Random logits and maps of several sizes; never zero at padding, so that whoever reads it is found out."""
     draw = torch.Generator().manual_seed(seed)
 
     def tensor(*shape: int) -> Tensor:
         return torch.randn(clips, frames, *shape, generator=draw).requires_grad_(grad)
 
     features = (tensor(5, 8, 8), tensor(4, 4, 6), tensor(3, 2, 2), tensor(2, 1, 1), tensor(3, 7, 5))
-    return Prediction(tensor(classes, SIZE, SIZE), features)
+    logits = tensor(classes, SIZE, SIZE)
+    return Prediction(logits, features, tuple(tensor(*feature.shape[2:]) for feature in features[:4]))
 
 
 def step(clips: int = 4, frames: int = 3, base: bool = False, seed: int = 0) -> Step:
@@ -63,11 +66,30 @@ def step(clips: int = 4, frames: int = 3, base: bool = False, seed: int = 0) -> 
     return Step(given, student, replace(teacher, logits=3 * teacher.logits), task())
 
 
+def each_tensor(given: Prediction, change: Callable[[Tensor], Tensor]) -> Prediction:
+    """The prediction with every tensor changed."""
+    return Prediction(change(given.logits), tuple(map(change, given.features)), tuple(map(change, given.encoder)))
+
+
+def real_pixels(given: Step) -> Iterator[tuple[np.ndarray, np.ndarray, int, bool]]:
+    """Student's logits [C], teacher's logits [O], label, and whether rehearsed, of every pixel of every real frame."""
+    assert given.teacher is not None
+    student, teacher = (each.logits.detach().double().movedim(2, -1).numpy() for each in (given.student, given.teacher))
+    for b, t in given.batch.real_frame.nonzero().tolist():
+        for y, x in np.ndindex(SIZE, SIZE):
+            yield student[b, t, y, x], teacher[b, t, y, x], int(given.batch.label[b, t, y, x]), bool(given.batch.rehearsed[b])
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    powers: np.ndarray = np.exp(logits)
+    return powers / powers.sum()
+
+
 def part(whole: Step, clips: slice) -> Step:
     """The step that a worker sees which got only these clips."""
 
     def cut(given: Prediction | None) -> Prediction | None:
-        return given and Prediction(given.logits[clips], tuple(each[clips] for each in given.features))
+        return given and each_tensor(given, lambda tensor: tensor[clips])
 
     tensors = {
         name: getattr(whole.batch, name)[clips]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from method_cases import CLASSES, batch, prediction
 
-from cavs_model.losses import cross_entropy, local_pod
+from cavs_model.losses import cross_entropy, distillation, local_pod
 from cavs_model.types import IGNORE
 
 
@@ -46,6 +46,46 @@ def test_cross_entropy_is_computed_in_fp32_under_autocast():
         loss = cross_entropy(logits, given.label, given.real_frame)
     assert loss.total.dtype == torch.float32
     assert float(loss.total) == pytest.approx(float(cross_entropy(logits.float(), given.label, given.real_frame).total))
+
+
+def test_distillation_is_the_mean_over_pixels_divided_by_the_classes():
+    given = batch()
+    student, teacher = prediction(4, 3, CLASSES, 1).logits, 3 * prediction(4, 3, CLASSES, 2).logits
+    total, pixels = 0.0, 0
+    for b, t in given.real_frame.nonzero().tolist():
+        for y, x in torch.cartesian_prod(*map(torch.arange, student.shape[-2:])).tolist():
+            q, p = teacher[b, t, :, y, x].double().softmax(0), student[b, t, :, y, x].double().softmax(0)
+            total -= float((q * p.log()).sum()) / CLASSES
+            pixels += 1
+    loss = distillation(student, teacher, given.real_frame)
+    assert loss.count == pixels
+    assert float(loss.total) == pytest.approx(total, rel=1e-5)
+
+
+def test_distillation_is_least_where_both_say_the_same():
+    given = batch()
+    teacher = prediction(4, 3, CLASSES, 2).logits.requires_grad_()
+    student = (teacher.detach() + 5.0).requires_grad_()  # the same softmax
+    least = distillation(student, teacher, given.real_frame)
+    least.total.backward()
+    assert student.grad.abs().max() < 1e-6
+    assert teacher.grad is None
+    entropy = torch.special.entr(teacher.detach().softmax(2)).sum(2)[given.real_frame].mean() / CLASSES
+    torch.testing.assert_close(least.value().detach(), entropy)
+    for seed in range(5):
+        other = student.detach() + 0.1 * prediction(4, 3, CLASSES, seed).logits
+        assert distillation(other, teacher, given.real_frame).total > least.total
+
+
+def test_distillation_gives_padding_no_gradient_and_names_shapes_that_differ():
+    student, teacher = torch.randn(1, 2, 4, 8, 8, requires_grad=True), torch.randn(1, 2, 4, 8, 8)
+    loss = distillation(student, teacher, torch.tensor([[True, False]]))
+    loss.total.backward()
+    assert loss.count == 64
+    assert student.grad[0, 0].any()
+    assert not student.grad[0, 1].any()
+    with pytest.raises(ValueError, match="one shape"):
+        distillation(student, teacher[:, :, :3], torch.tensor([[True, False]]))
 
 
 def naive_local_pod(student, teacher, scales):

@@ -10,7 +10,7 @@ import pkgutil
 import numpy as np
 import pytest
 import torch
-from method_cases import CLASSES, OLD, base_task, batch, part, prediction, step, task
+from method_cases import CLASSES, OLD, base_task, batch, each_tensor, part, prediction, step, task
 from torch import nn
 
 import cavs_model.methods
@@ -19,9 +19,13 @@ from cavs_model.losses import cross_entropy
 from cavs_model.methods.base import Method, acting, knob
 from cavs_model.methods.cmr import CMR
 from cavs_model.methods.finetune import Finetune
+from cavs_model.methods.ilt import ILT
+from cavs_model.methods.lwf import LwF
+from cavs_model.methods.lwf_mc import LwFMC
+from cavs_model.methods.mib import MiB
 from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay, random_rows
-from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Mean, Memory, Prediction, Sample, ScoreTable
+from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Mean, Memory, Sample, ScoreTable
 
 STAGES = ("train", "score_before", "rehearse", "score_after", "remember")
 
@@ -40,7 +44,9 @@ def discovered() -> list[type[Method]]:
 
 
 METHODS = discovered()
-every_method = pytest.mark.parametrize("method", [each() for each in METHODS], ids=lambda each: type(each).__name__)
+VARIANTS = [PLOP(pod_maps="encoder"), MiB(unbiased_distillation=False)]
+NAMES = [each.__name__ for each in METHODS] + ["PLOP-encoder", "MiB-biased"]
+every_method = pytest.mark.parametrize("method", [*(each() for each in METHODS), *VARIANTS], ids=NAMES)
 
 
 def prepared(method, given):
@@ -52,6 +58,14 @@ def prepared(method, given):
     return dataclasses.replace(given, prepared=found)
 
 
+def distilled_maps(method, student):
+    """The maps that a method holds to the teacher's, by what its knobs say."""
+    losses = getattr(method, "base", method)
+    if isinstance(losses, PLOP):
+        return student.features if losses.pod_maps == "fused" else (*student.encoder, student.features[-1])
+    return student.encoder if isinstance(losses, ILT) else ()
+
+
 def tensors(given):
     parts = [given.batch, given.student, given.teacher or given.student]
     named = [getattr(each, item.name) for each in parts for item in dataclasses.fields(each)]
@@ -59,7 +73,7 @@ def tensors(given):
 
 
 def test_the_methods_are_found():
-    assert {Finetune, Replay, PLOP, CMR} <= set(METHODS)
+    assert {Finetune, Replay, LwF, LwFMC, ILT, MiB, PLOP, CMR} <= set(METHODS)
 
 
 @every_method
@@ -96,8 +110,38 @@ def test_terms_are_finite_and_reach_logits_and_distilled_features(method):
     terms = method.loss(given)
     assert all(isinstance(term, Mean) and term.total.shape == () and term.value().isfinite() for term in terms.values())
     sum(term.value() for term in terms.values()).backward()
-    reached = [given.student.logits] + ([*given.student.features] if any("pod" in name for name in terms) else [])
+    reached = [given.student.logits, *distilled_maps(method, given.student)]
     assert all(each.grad.isfinite().all() and each.grad.any() for each in reached)
+
+
+@every_method
+def test_the_teacher_is_read_where_the_method_says_so_and_gets_no_gradient(method):
+    given = prepared(method, step())
+    teacher = each_tensor(given.teacher, lambda tensor: tensor.clone().requires_grad_())
+    sum(term.value() for term in method.loss(dataclasses.replace(given, teacher=teacher)).values()).backward()
+    assert teacher.logits.grad is None
+    assert all(each.grad is None for each in (*teacher.features, *teacher.encoder))
+    if not method.needs_teacher:
+        without = method.loss(dataclasses.replace(given, teacher=None))
+        assert all(torch.equal(without[name].total, term.total) for name, term in method.loss(given).items())
+
+
+@every_method
+def test_all_is_computed_in_fp32_under_autocast(method):
+    """Networks give maps in half precision there, and logits in fp32."""
+    given = prepared(method, step())
+
+    def with_maps(change):
+        def changed(network):
+            return dataclasses.replace(each_tensor(network, change), logits=network.logits.detach())
+
+        return dataclasses.replace(given, student=changed(given.student), teacher=changed(given.teacher))
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = method.loss(with_maps(lambda tensor: tensor.detach().bfloat16()))
+    for name, term in method.loss(with_maps(lambda tensor: tensor.detach().bfloat16().float())).items():
+        assert terms[name].total.dtype == torch.float32
+        torch.testing.assert_close(terms[name].total, term.total, rtol=1e-5, atol=1e-6)
 
 
 @every_method
@@ -125,12 +169,12 @@ def test_padding_means_nothing(method):
     given = prepared(method, step())
     padded = ~given.batch.real_frame
 
-    def changed(network):
-        return Prediction(*(network.logits.detach().clone(),), tuple(each.detach().clone() for each in network.features))
+    def changed(tensor):
+        tensor = tensor.detach().clone()
+        tensor[padded] = 7.5
+        return tensor
 
-    student, teacher = changed(given.student), changed(given.teacher)
-    for each in (student.logits, teacher.logits, *student.features, *teacher.features):
-        each[padded] = 7.5
+    student, teacher = each_tensor(given.student, changed), each_tensor(given.teacher, changed)
     other = method.loss(dataclasses.replace(given, student=student, teacher=teacher))
     for name, term in method.loss(given).items():
         torch.testing.assert_close(other[name].total, term.total.detach())
@@ -220,6 +264,8 @@ def test_replay_rehearses_every_row_once_and_trains_as_its_base():
         (lambda: CMR(resampling_ratio=1.2), "method.resampling_ratio = 1.2; expected a number at least 0 and at most 1"),
         (lambda: CMR(selection="best"), "method.selection = 'best'; expected one of: mss, random, largest, mixed"),
         (lambda: CMR(base=None), "method.base = None"),
+        (lambda: PLOP(pod_maps="both"), "method.pod_maps = 'both'; expected one of: fused, encoder"),
+        (lambda: LwF(kd_weight=-1), "method.kd_weight = -1; expected a number at least 0"),
     ],
 )
 def test_bad_values_are_named(make, message):

@@ -137,6 +137,21 @@ def test_pod_terms_are_means_over_maps_with_their_weights():
     assert float(terms["pod_logits"].value().detach()) == pytest.approx(0.0005 * share * logits, rel=1e-5)
 
 
+def test_pod_can_take_the_encoders_maps_and_the_decoders():
+    given, _ = ready()
+    terms = PLOP(pod_maps="encoder").loss(given)
+    pairs = [*zip(given.student.encoder, given.teacher.encoder, strict=True)]
+    pairs += [(given.student.features[-1], given.teacher.features[-1])]
+    total = sum(float(local_pod(ours.detach(), theirs, given.batch.real_frame).value()) for ours, theirs in pairs)
+    assert float(terms["pod_features"].value().detach()) == pytest.approx(0.01 / 6 * total, rel=1e-5)
+    plain = PLOP().loss(given)
+    assert torch.equal(terms["pod_logits"].total, plain["pod_logits"].total)
+    blind = replace(given, student=replace(given.student, encoder=()), teacher=replace(given.teacher, encoder=()))
+    assert torch.equal(PLOP().loss(blind)["pod_features"].total, plain["pod_features"].total)
+    with pytest.raises(ValueError, match="encoder maps"):
+        PLOP(pod_maps="encoder").loss(blind)
+
+
 def test_schedule_multiplies_the_pod_terms():
     given, method = ready()
     plain, scheduled = method.loss(given), PLOP(pod_schedule=True).loss(given)

@@ -168,6 +168,7 @@ def test_shapes_and_strides(network: str, frames: int) -> None:
     sides = [item.shape[-1] for item in prediction.features]
     assert sides == [64 // stride for stride in (4, 8, 16, 32, 2)]
     assert all(item.shape[:3] == (3, frames, TINY.width) for item in prediction.features)
+    assert [item.shape for item in prediction.encoder] == [item.shape for item in prediction.features[:4]]
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -184,7 +185,9 @@ def test_padded_clips_equal_shorter_clips(network: str, channels_last: bool) -> 
         whole = model(batch)
         for clip, count in enumerate(counts):
             alone = model(cut(batch, clip, count))
-            pairs = zip((whole.logits, *whole.features), (alone.logits, *alone.features), strict=True)
+            pairs = zip(
+                (whole.logits, *whole.features, *whole.encoder), (alone.logits, *alone.features, *alone.encoder), strict=True
+            )
             for padded, short in pairs:
                 torch.testing.assert_close(padded[clip, :count], short[0], rtol=1e-4, atol=1e-5)
                 assert not padded[clip, count:].any()
@@ -233,6 +236,18 @@ def test_sound_matters_to_the_audio_visual_network() -> None:
     model.eval()
     batch = make_batch()
     assert not torch.allclose(model(batch).logits, model(replace(batch, audio=batch.audio.flip(0))).logits)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_encoder_maps_are_what_fusion_starts_from(network: str) -> None:
+    """TPAVI starts as LayerNorm of what it gets, and the sound has not come in yet."""
+    model = build(TINY, 3, network).eval()
+    batch = make_batch(3, 2, size=64, real=[2, 1, 2])
+    prediction, other = model(batch), model(replace(batch, audio=batch.audio.flip(0)))
+    for encoder, fused, again in zip(prediction.encoder, prediction.features, other.encoder, strict=False):
+        assert torch.equal(encoder, again)
+        normed = F.layer_norm(encoder.movedim(2, -1), (TINY.width,)).movedim(-1, 2)
+        torch.testing.assert_close(fused, normed, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
