@@ -7,6 +7,7 @@ it has ImageNet weights, `imagenet_file` says which file holds them.
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from cavs_model.errors import InputError, unknown
 COARSEST_STRIDE = 32
 
 
-class VisualEncoder(nn.Module):
+class VisualEncoder(nn.Module, ABC):
     """[n 3 H W] uint8 -> four maps [n channels[i] H/stride W/stride] for strides 4, 8, 16, 32, in channels_last memory."""
 
     channels: ClassVar[tuple[int, int, int, int]]
@@ -38,9 +39,9 @@ class VisualEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(self.pixel_mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.pixel_std).view(1, 3, 1, 1), persistent=False)
 
+    @abstractmethod
     def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The maps of the normalised picture [n 3 H W]."""
-        raise NotImplementedError
 
     def body(self) -> nn.Module:
         """The module whose state_dict a weight file holds."""

@@ -247,7 +247,7 @@ def normalise_part(worker, folder):
 
 def test_batch_norm_over_two_workers_is_that_of_the_whole_batch(tmp_path):
     on_two_workers(normalise_part, tmp_path, tmp_path)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     # Sums of some 84 numbers of size 10 in another order: 1e-6 of 10, through a division by a deviation of 2.
     close = {"rtol": 1e-4, "atol": 2e-5}
     for name in LAYERS:
