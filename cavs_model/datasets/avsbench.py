@@ -36,9 +36,9 @@ import soundfile
 from PIL import Image, UnidentifiedImageError
 
 from cavs_model.datasets.base import Benchmark, Clips, digest, require
-from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES, SAMPLE_RATE_HZ, log_mel
+from cavs_model.datasets.log_mel import SAMPLE_RATE_HZ, log_mel
 from cavs_model.errors import InputError, unknown
-from cavs_model.types import BACKGROUND, IGNORE, Sample
+from cavs_model.types import BACKGROUND, Sample
 
 RENDER_VERSION = 1  # to be raised by whoever changes what is read from the same files
 
@@ -174,13 +174,7 @@ class AVSBench(Benchmark):
         """InputError that names the row, the file and the fault where one cannot be used."""
         videos, crop = self._videos(split), split == "train"
         count, frames, size = len(positions), self.frames, self.image_size_px
-        clips = Clips(
-            image=np.zeros((count, frames, 3, size, size), np.uint8),
-            audio=np.zeros((count, frames, NUM_FRAMES, NUM_BINS), np.float16),
-            label=np.full((count, frames, size, size), IGNORE, np.uint8),
-            real_frame=np.zeros((count, frames), np.bool_),
-            labelled_frame=np.zeros((count, frames), np.bool_),
-        )
+        clips = Clips.blank(count, frames, size)
         for n, position in enumerate(positions):
             if not 0 <= position < len(videos):
                 raise IndexError(f"split {split!r} of {self.name} has {len(videos)} clips, asked for position {position}")

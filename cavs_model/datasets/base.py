@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
 from cavs_model.errors import InputError
-from cavs_model.types import Sample
+from cavs_model.types import IGNORE, Sample
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,17 @@ class Clips:
 
     def __len__(self) -> int:
         return len(self.image)
+
+    @staticmethod
+    def blank(count: int, frames: int, size: int) -> Clips:
+        """`count` clips to be filled in: no frame is real or labelled yet, pictures are black and sound is zero."""
+        return Clips(
+            image=np.zeros((count, frames, 3, size, size), np.uint8),
+            audio=np.zeros((count, frames, NUM_FRAMES, NUM_BINS), np.float16),
+            label=np.full((count, frames, size, size), IGNORE, np.uint8),
+            real_frame=np.zeros((count, frames), np.bool_),
+            labelled_frame=np.zeros((count, frames), np.bool_),
+        )
 
 
 class Benchmark(ABC):

@@ -15,7 +15,7 @@ import numpy as np
 from cavs_model.datasets.base import Benchmark, Clips, digest, require
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES, SAMPLE_RATE_HZ, log_mel_spectrogram
 from cavs_model.errors import unknown
-from cavs_model.types import BACKGROUND, IGNORE, Sample
+from cavs_model.types import BACKGROUND, Sample
 
 RENDER_VERSION = 1  # to be raised by whoever changes what a clip looks or sounds like
 
@@ -82,13 +82,7 @@ class Tones(Benchmark):
     def render(self, split: str, positions: Sequence[int]) -> Clips:
         count, frames, size = len(positions), self.frames, self.image_size_px
         num_clips = self._count(split)
-        clips = Clips(
-            image=np.zeros((count, frames, 3, size, size), np.uint8),
-            audio=np.zeros((count, frames, NUM_FRAMES, NUM_BINS), np.float16),
-            label=np.full((count, frames, size, size), IGNORE, np.uint8),
-            real_frame=np.zeros((count, frames), np.bool_),
-            labelled_frame=np.zeros((count, frames), np.bool_),
-        )
+        clips = Clips.blank(count, frames, size)
         for n, position in enumerate(positions):
             if not 0 <= position < num_clips:
                 raise IndexError(f"split {split!r} has {num_clips} clips, asked for position {position}")

@@ -112,6 +112,15 @@ def test_a_damaged_description_is_named(tmp_path, content):
     assert str(tmp_path / ABOUT) in str(caught.value)
 
 
+def refused(folder, changes):
+    """What is said of a checkpoint whose description was changed."""
+    _, about = written(folder)
+    (folder / ABOUT).write_text(json.dumps(asdict(replace(about, **changes))))
+    with pytest.raises(InputError) as caught:
+        load(folder)
+    return str(caught.value)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -123,20 +132,14 @@ def test_a_damaged_description_is_named(tmp_path, content):
     ],
 )
 def test_a_description_of_no_network_is_named(tmp_path, changes):
-    _, about = written(tmp_path)
-    (tmp_path / ABOUT).write_text(json.dumps(asdict(replace(about, **changes))))
-    with pytest.raises(InputError) as caught:
-        load(tmp_path)
-    assert str(tmp_path / ABOUT) in str(caught.value)
+    caught = refused(tmp_path, changes)
+    assert str(tmp_path / ABOUT) in caught
 
 
 @pytest.mark.parametrize(
     "changes", [{"num_classes": 4}, {"network": VISUAL_ONLY}, {"config": asdict(replace(CONFIG, width=16))}]
 )
 def test_weights_of_another_shape_are_named(tmp_path, changes):
-    _, about = written(tmp_path)
-    (tmp_path / ABOUT).write_text(json.dumps(asdict(replace(about, **changes))))
-    with pytest.raises(InputError) as caught:
-        load(tmp_path)
-    assert str(tmp_path / WEIGHTS) in str(caught.value)
-    assert "does not fit its description" in str(caught.value)
+    caught = refused(tmp_path, changes)
+    assert str(tmp_path / WEIGHTS) in caught
+    assert "does not fit its description" in caught
