@@ -278,12 +278,8 @@ class RayBackend:
         # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
         options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
         references = [options.remote(job, weights, chunk, gpus) for chunk in chunks]
-        try:
-            return [_get(reference) for reference in references]
-        except BaseException:
-            for reference in references:  # nobody waits for the others any more
-                ray.cancel(reference)
-            raise
+        # After an error the other chunks run to their end: ray.cancel on one whose reply is under way aborts the driver (docs/log.md).
+        return [_get(reference) for reference in references]
 
     def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
         """Clips of one chunk: whole batches, two for every core, but never less than a second of work."""
