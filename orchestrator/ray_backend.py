@@ -278,7 +278,7 @@ class RayBackend:
         # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
         options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
         references = [options.remote(job, weights, chunk, gpus) for chunk in chunks]
-        # After an error the other chunks run to their end: ray.cancel on one whose reply is under way aborts the driver (docs/log.md).
+        # After an error the other chunks run to their end: cancelling one whose reply is under way aborts the driver.
         return [_get(reference) for reference in references]
 
     def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
