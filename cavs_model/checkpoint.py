@@ -1,4 +1,7 @@
-"""A trained network on disk: `weights.safetensors` and `about.json`. Never a pickle, so that a stranger's file is only data."""
+"""A trained network on disk: `weights.safetensors` and `about.json`. Never a pickle, so that a stranger's file is only data.
+
+What a method keeps of a network's parameters lies in a folder of its own: `method_state.safetensors`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
 
 WEIGHTS = "weights.safetensors"
 ABOUT = "about.json"
+METHOD_STATE = "method_state.safetensors"
 
 
 @dataclass(frozen=True)
@@ -63,12 +67,7 @@ class Checkpoint:
 
 def save(directory: Path, state: Mapping[str, Tensor], about: About) -> None:
     """Writes a checkpoint; `about.json` is written last, so that a directory that has it is complete."""
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
-    for name, content in ((WEIGHTS, weights), (ABOUT, json.dumps(asdict(about), indent=1).encode())):
-        temporary = directory / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        os.replace(temporary, directory / name)
+    _write(directory, {WEIGHTS: _encode(state), ABOUT: json.dumps(asdict(about), indent=1).encode()})
 
 
 def read_about(directory: Path) -> About:
@@ -95,6 +94,35 @@ def read(directory: Path) -> Checkpoint:
 def load(directory: Path) -> AVSegmenter:
     """The network of a checkpoint, as `Checkpoint.model`."""
     return read(directory).model()
+
+
+def save_method_state(directory: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes what a method keeps of a network's parameters."""
+    _write(directory, {METHOD_STATE: _encode(state)})
+
+
+def read_method_state(directory: Path) -> dict[str, Tensor]:
+    """What a method kept, on the CPU. InputError that names a missing or damaged file."""
+    path = directory / METHOD_STATE
+    try:
+        return load_tensors(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"no method state at {directory}: {METHOD_STATE} is missing") from error
+    except SafetensorError as error:
+        raise InputError(f"damaged method state {path}: {error}") from error
+
+
+def _encode(state: Mapping[str, Tensor]) -> bytes:
+    return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Writes the files in this order, each as a whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        temporary = directory / f".{name}.{os.getpid()}"
+        temporary.write_bytes(content)
+        os.replace(temporary, directory / name)
 
 
 def _tuples(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Passes over data with frozen models: pixel counts, and the scores that methods ask for.
+"""Passes over data with trained models: pixel counts, and the scores and measures of parameters that methods ask for.
 
 Any shard of whole batches gives the same numbers as the whole pass: what a batch holds depends on the list of samples and
 `batch_size` alone, so results from many tasks are joined without a trace of how the work was shared.
@@ -6,21 +6,24 @@ Any shard of whole batches gives the same numbers as the whole pass: what a batc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cavs_model.checkpoint import Checkpoint
+from cavs_model.checkpoint import Checkpoint, read_method_state, save_method_state
 from cavs_model.datasets.base import Benchmark
 from cavs_model.datasets.cache import DecodedSplit, open_split, renumbering
 from cavs_model.methods.base import Method
 from cavs_model.metrics import confusion
 from cavs_model.types import Batch, LabelRule, Network, Prediction, ScoreTable, Task
 from cavs_model.worker import Arithmetic, Precision, arithmetic, prefetch
+
+CONSOLIDATE_CLIPS = 64  # of a chunk whose measures are summed in one place; fixed, so that every place rounds alike
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,24 @@ class EvaluateJob:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class ConsolidateJob:
+    """What a method keeps of a network's parameters after a task, from one pass over the task's training samples."""
+
+    method: Method
+    task: Task
+    data: Data
+    precision: Precision
+    output: str = ""  # directory the state goes to
+    label: str = ""
+
+    @property
+    def chunks(self) -> tuple[tuple[str, ...], ...]:
+        """The samples, cut in the same way wherever they are measured."""
+        ids = tuple(sample.id for sample in self.task.train)
+        return tuple(ids[start : start + CONSOLIDATE_CLIPS] for start in range(0, len(ids), CONSOLIDATE_CLIPS))
+
+
 def score_samples(
     job: ScoreJob, checkpoints: Mapping[str, Checkpoint], sample_ids: Sequence[str], device: torch.device
 ) -> ScoreTable:
@@ -91,6 +112,42 @@ def evaluate(job: EvaluateJob, checkpoint: Checkpoint, sample_ids: Sequence[str]
     network = frozen(checkpoint.model(), arithmetic(job.precision, device))
     batches = passes(job.data.open(job.split), sample_ids, job.data.table(job.rule), job.batch_size, device)
     return count(network, batches, job.num_classes, device).cpu().numpy()
+
+
+def measure_samples(
+    job: ConsolidateJob, checkpoint: Checkpoint, sample_ids: Sequence[str], device: torch.device
+) -> dict[str, np.ndarray]:
+    """The sums over `sample_ids` (a chunk of the job's) of what the method measures, float64, by parameter.
+
+    One clip at a time, with gradients, in evaluation mode: no clip's measure depends on another.
+    """
+    numbers = arithmetic(job.precision, device)
+    model = numbers.place(checkpoint.model().requires_grad_(True))
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def network(batch: Batch) -> Prediction:
+        with numbers.autocast():
+            return model(batch)  # type: ignore[no-any-return]
+
+    sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
+    for clip in passes(job.data.open("train"), sample_ids, job.data.table(job.task.train_rule), 1, device):
+        for name, value in job.method.measure(network, parameters, clip, job.task).items():
+            sums[name] += value
+    return {name: total.detach().cpu().contiguous().numpy() for name, total in sums.items()}
+
+
+def consolidate(job: ConsolidateJob, sums: Iterable[Mapping[str, np.ndarray]], previous: str | None) -> None:
+    """Writes the method's state after a task from the sums of all chunks, in their order, and the `previous` state's folder.
+
+    InputError where that state is missing or damaged.
+    """
+    totals: dict[str, np.ndarray] = {}
+    for part in sums:
+        for name, values in part.items():
+            totals[name] = totals[name] + values if name in totals else values
+    means = {name: torch.from_numpy(total / len(job.task.train)) for name, total in totals.items()}
+    before = read_method_state(Path(previous)) if previous else None
+    save_method_state(Path(job.output), job.method.consolidate(means, before))
 
 
 def count(network: Network, batches: Iterator[Batch], num_classes: int, device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,7 @@ from cavs_model.evaluate import Data, count, frozen, passes
 from cavs_model.methods.base import Method
 from cavs_model.metrics import iou
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
-from cavs_model.types import Batch, Mean, Network, Row, Step, Task
+from cavs_model.types import Batch, Mean, Network, Paste, Row, Step, Task
 from cavs_model.worker import Arithmetic, Precision, Worker, arithmetic, epoch_batches, my_part, prefetch
 
 
@@ -84,6 +84,8 @@ class TaskJob:
     start: str | None  # the same network's checkpoint after the previous task; None on the base task
     output: str = ""  # directory the checkpoint goes to
     label: str = ""  # for whoever watches; not part of the result
+    pastes: tuple[Paste, ...] = ()  # stored instances to be worked into the task's samples
+    method_state: str | None = None  # what the method kept of the network `start` (checkpoint.read_method_state)
 
     @property
     def num_samples(self) -> int:
@@ -112,7 +114,8 @@ class DivergedError(RuntimeError):
 def train_task(job: TaskJob, worker: Worker) -> None:
     """Trains the job's network and writes its checkpoint (rank 0).
 
-    Raises InputError for a start checkpoint that does not fit the job, DivergedError where a loss term is not finite.
+    Raises InputError for a start checkpoint or a method's state that does not fit the job, DivergedError where a loss term is
+    not finite.
     """
     started = time.monotonic()
     numbers = arithmetic(job.precision, worker.device)
@@ -123,6 +126,7 @@ def train_task(job: TaskJob, worker: Worker) -> None:
     model = worker.wrap(student)
     teacher = frozen(checkpoint.load(Path(job.start)), numbers) if job.start and job.has_teacher else None
     prepared = _prepare(job, worker, teacher, split)
+    penalty = _penalty(job, worker, student)
     optimiser = torch.optim.Adam(student.parameters(), lr=job.schedule.learning_rate)
     choice = _Choice(job, worker, numbers)
     history: list[Mapping[str, float]] = []
@@ -138,7 +142,7 @@ def train_task(job: TaskJob, worker: Worker) -> None:
             with numbers.autocast():
                 prediction = model(batch)
             known = teacher(batch) if teacher else None
-            terms = global_means(job.method.loss(Step(batch, prediction, known, job.task, prepared)), worker)
+            terms = global_means(job.method.loss(Step(batch, prediction, known, job.task, prepared)) | penalty(), worker)
             optimiser.zero_grad(set_to_none=True)
             # Data-parallel training averages gradients over workers; every term is already this worker's part of the mean.
             (sum(terms.values(), start=torch.zeros((), device=worker.device)) * worker.world_size).backward()  # type: ignore[no-untyped-call]
@@ -199,6 +203,25 @@ def _prepare(job: TaskJob, worker: Worker, teacher: Network | None, split: Decod
     return job.method.prepare(teacher, batches, job.task, worker.all_reduce)
 
 
+def _penalty(job: TaskJob, worker: Worker, student: nn.Module) -> Callable[[], dict[str, Mean]]:
+    """The method's terms of the student's parameters as they are when it is called; none without a method's state.
+
+    InputError where the state is not that of the parameters that are trained.
+    """
+    if job.start is None or job.method_state is None:
+        return dict
+    learning = {name: parameter for name, parameter in student.named_parameters() if parameter.requires_grad}
+    first = dict(checkpoint.load(Path(job.start)).named_parameters())
+    start = {name: first[name].detach().to(worker.device) for name in learning}
+    state = {name: each.to(worker.device) for name, each in checkpoint.read_method_state(Path(job.method_state)).items()}
+    for name in sorted({*start, *state}):
+        shapes = [tuple(side[name].shape) if name in side else "nothing" for side in (state, start)]
+        if shapes[0] != shapes[1]:
+            path = Path(job.method_state) / checkpoint.METHOD_STATE
+            raise InputError(f"method state {path} has {shapes[0]} for {name}, checkpoint {job.start} {shapes[1]}")
+    return lambda: job.method.penalty(learning, start, state)
+
+
 @dataclass(frozen=True)
 class _Epoch:
     loaded: Iterator[Batch]
@@ -206,15 +229,26 @@ class _Epoch:
 
 
 def _epoch(job: TaskJob, worker: Worker, split: DecodedSplit, epoch: int) -> _Epoch:
-    """This worker's part of every batch of an epoch: the task's samples and the memory's rows, shuffled together."""
+    """This worker's part of every batch of an epoch: the task's samples and the memory's rows, shuffled together.
+
+    What is to be pasted into the task's samples is there.
+    """
     new, seen = job.data.table(job.task.train_rule), job.data.table(job.task.seen_rule)
     items = [(sample.id, False) for sample in job.task.train] + [(row.sample_id, True) for row in job.rows]
     batches = epoch_batches(items, job.schedule.batch_size, (job.seeds.data, job.task.index, epoch))
     mine = [my_part(batch, worker.rank, worker.world_size) for batch in batches]
+    pastes: dict[str, list[Paste]] = {}
+    for paste in job.pastes:
+        pastes.setdefault(paste.sample_id, []).append(paste)
 
     def load(part: Sequence[tuple[str, bool]]) -> Batch:
         ids, rehearsed = zip(*part, strict=True)
-        return split.batch(ids, rehearsed, [seen if again else new for again in rehearsed])
+        batch = split.batch(ids, rehearsed, [seen if again else new for again in rehearsed])
+        due = [(place, paste) for place, (each, again) in enumerate(part) if not again for paste in pastes.get(each, ())]
+        if not due:
+            return batch
+        stored = split.batch([paste.instance_id for _, paste in due], [True] * len(due), [seen] * len(due))
+        return job.method.compose(batch, stored, [(place, paste.class_id) for place, paste in due])
 
     return _Epoch((batch.to(worker.device) for batch in prefetch(mine, load)), len(batches))
 

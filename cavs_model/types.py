@@ -58,7 +58,8 @@ class Task:
 
     `num_old` classes were learned before it (background included; 0 for the base task), `num_classes` will be known after it.
     `train` are the samples whose labels this task may learn from, in index order; their classes are learned ids and include
-    old and future ones where the filter lets them in.
+    old and future ones where the filter lets them in. A task without old classes is a base task wherever it stands: its
+    network is trained from the first weights, as joint training's is at every task.
     """
 
     index: int
@@ -69,7 +70,7 @@ class Task:
 
     @property
     def is_base(self) -> bool:
-        return self.index == 0
+        return self.num_old == 0
 
     @property
     def new_classes(self) -> range:
@@ -237,14 +238,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Paste:
+    """A stored instance that is worked into a new sample: what the clip `instance_id` shows of `class_id`, into `sample_id`."""
+
+    sample_id: str
+    instance_id: str
+    class_id: int
+
+
+@dataclass(frozen=True)
 class Rehearsal:
     """What a task learns again: `rows` in full (each counts once, repeats allowed) and the evidence they were drawn by.
+
+    `pastes` are instances that are shown within the task's own samples instead, in this order where a sample gets several.
 
     `drawn` are the rows that resampling added or put in place of others; `table` holds one record per old class
     (columns are the method's own) and `pairs` one per collision pair, for the log.
     """
 
     rows: tuple[Row, ...] = ()
+    pastes: tuple[Paste, ...] = ()
     drawn: tuple[Row, ...] = ()
     table: tuple[Mapping[str, float], ...] = ()
     pairs: tuple[Mapping[str, float], ...] = ()
@@ -252,7 +265,11 @@ class Rehearsal:
 
 @dataclass(frozen=True)
 class State:
-    """ALL that crosses a task boundary: per network the directory of its checkpoint, and the memory."""
+    """ALL that crosses a task boundary: per network the directory of its checkpoint, and the memory.
+
+    Where a method consolidates, `method_states` has, per network, the directory of what it knows of the network's parameters.
+    """
 
     checkpoints: Mapping[str, str] = field(default_factory=dict)
     memory: Memory = field(default_factory=Memory)
+    method_states: Mapping[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets import cache
 from cavs_model.datasets.base import Benchmark
-from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
+from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob, consolidate, evaluate, measure_samples, score_samples
 from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import LocalWorker, device_for
@@ -44,6 +44,11 @@ class LocalBackend:
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
         models = {network: checkpoint.read(Path(path)) for network, path in checkpoints.items()}
         return score_samples(job, models, job.sample_ids, self._device())
+
+    def consolidate(self, job: ConsolidateJob, checkpoint_path: str, previous: str | None) -> str:
+        model, device = checkpoint.read(Path(checkpoint_path)), self._device()
+        consolidate(job, (measure_samples(job, model, chunk, device) for chunk in job.chunks), previous)
+        return job.output
 
     def evaluate(self, job: EvaluateJob, checkpoint_path: str) -> np.ndarray:
         return evaluate(job, checkpoint.read(Path(checkpoint_path)), job.sample_ids, self._device())

@@ -34,13 +34,14 @@ def planned_work(experiment: Experiment) -> tuple[float, ...]:
 
     The plan that estimates of the time left rest on.
     """
-    tasks = experiment.scenario.tasks(experiment.benchmark)
+    tasks, method = experiment.scenario.tasks(experiment.benchmark), experiment.method
+    trained = [method.training_task(tasks[: index + 1]) for index in range(len(tasks))]
     return tuple(
         experiment.schedule.epochs_of(task)
         * len(task.train)
-        * (1 if task is tasks[-1] else len(experiment.method.networks))
-        * (1.0 if task.is_base or not experiment.method.needs_teacher else TEACHER_COST)
-        for task in tasks
+        * (1 if task is trained[-1] else len(method.networks))
+        * (1.0 if task.is_base or not method.needs_teacher else TEACHER_COST)
+        for task in trained
     )
 
 

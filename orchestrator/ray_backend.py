@@ -31,7 +31,7 @@ from cavs_model.checkpoint import About, Checkpoint
 from cavs_model.datasets import cache
 from cavs_model.datasets.base import Benchmark
 from cavs_model.errors import InputError
-from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
+from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob, consolidate, evaluate, measure_samples, score_samples
 from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import device_for, synchronise_batch_norm
@@ -215,6 +215,13 @@ class RayBackend:
         chunks = self._chunks(_score, ray.put(job), job.sample_ids, job.batch_size, models, job.label)
         return ScoreTable.concatenate(chunks)
 
+    def consolidate(self, job: ConsolidateJob, checkpoint_path: str, previous: str | None) -> str:
+        models = {"": checkpoint.read(Path(checkpoint_path))}
+        references = self._submit(_measure, ray.put(job), job.chunks, models, job.label)
+        # One at a time, and each is let go of at once: a chunk's sums are as large as the network.
+        consolidate(job, (_get(references.pop(0)) for _ in job.chunks), previous)
+        return job.output
+
     def evaluate(self, job: EvaluateJob, checkpoint_path: str) -> np.ndarray:
         models = {"": checkpoint.read(Path(checkpoint_path))}
         chunks = self._chunks(_evaluate, ray.put(job), job.sample_ids, job.batch_size, models, job.label)
@@ -273,13 +280,18 @@ class RayBackend:
         """Runs a task on chunks of whole batches; results in order. Weights and job lie in the object store once."""
         size = self._chunk_clips([model.about for model in models.values()], len(sample_ids), batch_size)
         chunks = [tuple(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        # After an error the other chunks run to their end: cancelling one whose reply is under way aborts the driver.
+        return [_get(reference) for reference in self._submit(task, job, chunks, models, label)]
+
+    def _submit(
+        self, task: Any, job: Any, chunks: Sequence[Sequence[str]], models: Mapping[str, Checkpoint], label: str
+    ) -> list[Any]:
+        """Hands a task out on every chunk; references to the results in order."""
         weights = ray.put(dict(models))
         gpus = self.resources.gpus_per_worker
         # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
         options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
-        references = [options.remote(job, weights, chunk, gpus) for chunk in chunks]
-        # After an error the other chunks run to their end: cancelling one whose reply is under way aborts the driver.
-        return [_get(reference) for reference in references]
+        return [options.remote(job, weights, chunk, gpus) for chunk in chunks]
 
     def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
         """Clips of one chunk: whole batches, two for every core, but never less than a second of work."""
@@ -298,6 +310,14 @@ def _apply(function: Callable[[Any], Any], job: Any) -> Any:
 def _score(job: ScoreJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float) -> ScoreTable:
     torch.set_num_threads(1)
     return score_samples(job, models, sample_ids, device_for(gpus))
+
+
+@ray.remote
+def _measure(
+    job: ConsolidateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float
+) -> dict[str, np.ndarray]:
+    torch.set_num_threads(1)
+    return measure_samples(job, models[""], sample_ids, device_for(gpus))
 
 
 @ray.remote

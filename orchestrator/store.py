@@ -28,7 +28,7 @@ from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.base import Benchmark
 from cavs_model.errors import InputError
-from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.base import acting
 from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.train import Schedule, TaskJob
@@ -37,6 +37,7 @@ from orchestrator.experiment import fingerprint, plain
 from orchestrator.stream import Backend
 
 FORMAT = 1
+COST = "cost.json"  # of a method's state: what it took; written last, so that a folder that has it is complete
 LOCK_POLL_SECONDS = 0.2
 
 
@@ -83,12 +84,29 @@ def train_key(job: TaskJob) -> str:
             "task": job.task,
             "data": _data_key(job.data),
             "rows": [(row.sample_id, row.class_id) for row in job.rows],
+            "pastes": [(paste.sample_id, paste.instance_id, paste.class_id) for paste in job.pastes],
             "method": acting(job.method, "train"),
             "config": _config_key(job.config) if job.start is None else job.config,
             "schedule": _schedule_key(job.schedule, job.task),
             "precision": job.precision,
             "seeds": [job.seeds.init, job.seeds.data],
             "start": Path(job.start).name if job.start else None,
+            "method_state": Path(job.method_state).name if job.method_state else None,
+        },
+    )
+
+
+def consolidate_key(job: ConsolidateJob, path: str, previous: str | None) -> str:
+    """The address of what a method keeps of a network."""
+    return _address(
+        "state",
+        {
+            "method": acting(job.method, "consolidate"),
+            "task": job.task,
+            "data": _data_key(job.data),
+            "precision": job.precision,
+            "checkpoint": Path(path).name,
+            "previous": Path(previous).name if previous else None,
         },
     )
 
@@ -150,7 +168,7 @@ class StoredBackend:
     reuse: Reuse = field(default_factory=Reuse)
 
     def __post_init__(self) -> None:
-        for name in ("networks", "scores", "counts", "locks"):
+        for name in ("networks", "states", "scores", "counts", "locks"):
             try:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             except OSError as error:
@@ -168,10 +186,7 @@ class StoredBackend:
                 if not _complete(folders[key][0]):
                     locks.enter_context(self._locked(key, folders[key][1].label))
             missing = [(folder, job) for folder, job in folders.values() if not _complete(folder)]
-            for folder, _ in missing:  # what a process that was killed, or a person, left of it
-                for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
-                    shutil.rmtree(leftover, ignore_errors=True)
-            partial = [folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}") for folder, _ in missing]
+            partial = [_cleared(folder) for folder, _ in missing]
             try:
                 if missing:
                     named = zip(missing, partial, strict=True)
@@ -185,6 +200,29 @@ class StoredBackend:
             about = checkpoint.read_about(folder)
             self._count(folder not in [folder for folder, _ in missing], about.seconds * about.world_size)
         return [str(folder) for folder, _ in folders.values()]
+
+    def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
+        key = consolidate_key(job, checkpoint, previous)
+        folder = self.root / "states" / key
+        if not (folder / COST).exists():
+            with self._locked(key, job.label):
+                if not (folder / COST).exists():
+                    partial, started = _cleared(folder), time.monotonic()
+                    try:
+                        self.backend.consolidate(replace(job, output=str(partial)), checkpoint, previous)
+                        seconds = time.monotonic() - started
+                        write_atomically(partial / COST, json.dumps({"seconds": seconds}).encode())
+                        os.replace(partial, folder)
+                    finally:
+                        shutil.rmtree(partial, ignore_errors=True)
+                    self._count(False, seconds)
+                    return str(folder)
+        try:
+            seconds = float(json.loads((folder / COST).read_text())["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"damaged store entry {folder / COST}: {error}; delete it to have it computed again") from error
+        self._count(True, seconds)
+        return str(folder)
 
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
         def compute() -> dict[str, Any]:
@@ -266,6 +304,13 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _cleared(folder: Path) -> Path:
+    """A new partial folder's name, for an outcome of which a process that was killed, or a person, left only pieces."""
+    for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
 
 
 def _complete(folder: Path) -> bool:

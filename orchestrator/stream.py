@@ -12,7 +12,7 @@ import torch
 from cavs_model.checkpoint import About
 from cavs_model.datasets.base import Benchmark
 from cavs_model.datasets.cache import record_type
-from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.finetune import Finetune
 from cavs_model.metrics import diagnoses, stream_summary, summary
 from cavs_model.train import Seeds, TaskJob
@@ -31,6 +31,9 @@ class Backend(Protocol):
 
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
         """Scores the task's samples, in the job's order, with the networks in these directories."""
+
+    def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
+        """What the method keeps of the network in this directory, after what it kept before; the directory it lies in."""
 
     def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
         """Confusion counts int64 [C C]."""
@@ -102,6 +105,7 @@ def run_stream(
     common = (data, schedule.batch_size, experiment.precision)
     state = State()
     earlier: tuple[Mapping[str, list[list[int]]], ...] = ()
+    epochs = 0
     for task in tasks:
         name = f"{label}seed {seed} task {task.index + 1}/{len(tasks)}"
         last, known = task is tasks[-1], {AUDIO_VISUAL: state.checkpoints[AUDIO_VISUAL]} if state.checkpoints else {}
@@ -113,15 +117,24 @@ def run_stream(
             before = backend.score(ScoreJob("before", method, task, *common, f"{name} collisions"), known)
         rehearsal = method.rehearse(before, state.memory, task, chance(seeds, task, 0)) if rehearses else Rehearsal()
 
-        # On the base task every method is plain cross-entropy, so all of them share its networks.
-        learner = Finetune() if task.is_base else method
+        # On a base task every method is plain cross-entropy from the first weights, so all of them share its networks.
+        learned = method.training_task(tasks[: task.index + 1])
+        learner, start = (Finetune(), State()) if learned.is_base else (method, state)
         networks = (AUDIO_VISUAL,) if last else method.networks
         jobs = [
-            TaskJob(network, task, data, rehearsal.rows, learner, experiment.network, schedule, experiment.precision,
-                    seeds, state.checkpoints.get(network), label=f"{name} {network}")
+            TaskJob(network, learned, data, rehearsal.rows, learner, experiment.network, schedule, experiment.precision,
+                    seeds, start.checkpoints.get(network), label=f"{name} {network}", pastes=rehearsal.pastes,
+                    method_state=start.method_states.get(network))
             for network in networks
         ]  # fmt: skip
         checkpoints = dict(zip(networks, backend.train(jobs), strict=True))
+
+        # What each parameter is worth to this task (EWC).
+        method_states = {}
+        if method.consolidates and not last:
+            worth = ConsolidateJob(method, learned, data, experiment.precision, label=f"{name} consolidation")
+            for network, path in checkpoints.items():
+                method_states[network] = backend.consolidate(worth, path, start.method_states.get(network))
 
         # What to keep: the samples whose prediction the sound changes least (MSS). Nobody asks after the last task.
         memory, after = state.memory, None
@@ -129,7 +142,7 @@ def run_stream(
             if method.scores_after:
                 after = backend.score(ScoreJob("after", method, task, *common, f"{name} consistency"), checkpoints)
             memory = method.remember(after, memory, task, chance(seeds, task, 1))
-        state = State(checkpoints, memory)
+        state = State(checkpoints, memory, method_states)
 
         counts = {}
         for split in splits:
@@ -139,8 +152,9 @@ def run_stream(
         yield TaskOutcome(
             seed, task, len(tasks), ("background", *order), tasks[0].num_classes, state, before, rehearsal, after,
             {network: backend.about(path) for network, path in checkpoints.items()}, counts,
-            memory_bytes(benchmark, memory), sum(schedule.epochs_of(past) for past in tasks[: task.index]), earlier,
+            memory_bytes(benchmark, memory), epochs, earlier,
         )  # fmt: skip
+        epochs += schedule.epochs_of(learned)
         earlier += ({split: found.tolist() for split, found in counts.items()},)
 
 

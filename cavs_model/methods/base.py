@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from cavs_model.errors import InputError
 from cavs_model.types import AUDIO_VISUAL, Batch, Mean, Memory, Network, Rehearsal, ScoreTable, Step, Task
 
-Stage = Literal["train", "score_before", "rehearse", "score_after", "remember"]
+Stage = Literal["train", "consolidate", "score_before", "rehearse", "score_after", "remember"]
 
 
 def knob(
@@ -79,6 +79,18 @@ class Method(ABC):
         """Whether the method keeps a memory at all."""
         return False
 
+    @property
+    def consolidates(self) -> bool:
+        """Whether `penalty` reads what `measure` and `consolidate` make of a trained network before the next task."""
+        return False
+
+    def training_task(self, tasks: Sequence[Task]) -> Task:
+        """What is trained at the last of these tasks, all of the stream so far. Default: that task itself.
+
+        Where it has no old classes, the network is trained from the first weights by plain cross-entropy.
+        """
+        return tasks[-1]
+
     def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:  # noqa: B027 (optional hook)
         """Sets the new rows of the grown classifier (weight [C D 1 1], bias [C]) in place. Default: as initialised."""
 
@@ -92,6 +104,37 @@ class Method(ABC):
     @abstractmethod
     def loss(self, step: Step) -> dict[str, Mean]:
         """Named terms; the sum of their means is the objective. On the base task every method equals cross-entropy."""
+
+    def compose(self, batch: Batch, stored: Batch, places: Sequence[tuple[int, int]]) -> Batch:
+        """The batch with what Rehearsal.pastes asks for worked in; a new batch, on the CPU, before each step.
+
+        Of each clip of `stored` (labels: all classes seen so far) `places` has the clip of `batch` it goes into and the class
+        it was stored for.
+        """
+        raise AssertionError(f"{type(self).__name__} rehearses by pasting but does not define how")
+
+    def measure(self, network: Network, parameters: Mapping[str, Tensor], clip: Batch, task: Task) -> dict[str, Tensor]:
+        """What one clip of the task says of each parameter of the trained network, by its name and of its shape.
+
+        `parameters` are the network's own, with gradients; the network is in evaluation mode; labels: the task's train rule.
+        """
+        raise AssertionError(f"{type(self).__name__} consolidates but does not define how")
+
+    def consolidate(self, means: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """What is kept of a task: a tensor per parameter, of its shape, from the means of `measure` (float64) over its clips.
+
+        `before` is what this returned after the task before (the classifier had fewer rows then), None after the base task.
+        """
+        raise AssertionError(f"{type(self).__name__} consolidates but does not define how")
+
+    def penalty(
+        self, parameters: Mapping[str, Tensor], start: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Mean]:
+        """Further terms of the objective, of the parameters alone: now, at the start of the task, and `consolidate`'s word.
+
+        Every worker has the same parameters, so a term's total is the whole term, with count 1.
+        """
+        return {}
 
     def score_before(self, models: Mapping[str, Network], batch: Batch, task: Task) -> ScoreTable:
         """Scores of the old models on a batch of the task's new samples (labels: the task's train rule)."""
@@ -123,6 +166,10 @@ class RehearsalMethod(Method):
     def needs_teacher(self) -> bool:
         return self.base.needs_teacher
 
+    @property
+    def consolidates(self) -> bool:
+        return self.base.consolidates
+
     def init_new_classes(self, classifier: nn.Conv2d, task: Task) -> None:
         self.base.init_new_classes(classifier, task)
 
@@ -131,6 +178,17 @@ class RehearsalMethod(Method):
 
     def loss(self, step: Step) -> dict[str, Mean]:
         return self.base.loss(step)
+
+    def measure(self, network: Network, parameters: Mapping[str, Tensor], clip: Batch, task: Task) -> dict[str, Tensor]:
+        return self.base.measure(network, parameters, clip, task)
+
+    def consolidate(self, means: Mapping[str, Tensor], before: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        return self.base.consolidate(means, before)
+
+    def penalty(
+        self, parameters: Mapping[str, Tensor], start: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Mean]:
+        return self.base.penalty(parameters, start, state)
 
 
 def acting(method: Method, stage: Stage) -> dict[str, Any]:

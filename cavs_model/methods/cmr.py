@@ -55,7 +55,7 @@ from cavs_model.types import (
 class CMR(RehearsalMethod):
     """`base` trains on new data and memory; MSS chooses what the memory keeps, CSR how often it is learned again."""
 
-    base: Method = knob(PLOP(), acts="train")  # the losses; paper and code: PLOP, schedule off
+    base: Method = knob(PLOP(), acts=("train", "consolidate"))  # the losses; paper and code: PLOP, schedule off
     memory_truth: Literal["kept", "overwritten"] = knob("kept", choices=("kept", "overwritten"))  # code: overwritten
 
     samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; paper: 5

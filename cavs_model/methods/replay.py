@@ -20,7 +20,7 @@ from cavs_model.types import Memory, Row, Sample, ScoreTable, Task
 class Replay(RehearsalMethod):
     """`base` trains; the memory keeps `samples_per_class` random samples of every class."""
 
-    base: Method = knob(Finetune(), acts="train")  # the losses
+    base: Method = knob(Finetune(), acts=("train", "consolidate"))  # the losses
     samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; CMR's budget
 
     def remember(self, scores: ScoreTable | None, memory: Memory, task: Task, rng: np.random.Generator) -> Memory:

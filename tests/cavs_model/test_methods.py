@@ -18,8 +18,11 @@ from cavs_model.errors import InputError
 from cavs_model.losses import cross_entropy
 from cavs_model.methods.base import Method, acting, knob
 from cavs_model.methods.cmr import CMR
+from cavs_model.methods.eir import EIR
+from cavs_model.methods.ewc import EWC
 from cavs_model.methods.finetune import Finetune
 from cavs_model.methods.ilt import ILT
+from cavs_model.methods.joint import Joint
 from cavs_model.methods.lwf import LwF
 from cavs_model.methods.lwf_mc import LwFMC
 from cavs_model.methods.mib import MiB
@@ -27,7 +30,7 @@ from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay, random_rows
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Mean, Memory, Sample, ScoreTable
 
-STAGES = ("train", "score_before", "rehearse", "score_after", "remember")
+STAGES = ("train", "consolidate", "score_before", "rehearse", "score_after", "remember")
 
 
 def discovered() -> list[type[Method]]:
@@ -44,8 +47,8 @@ def discovered() -> list[type[Method]]:
 
 
 METHODS = discovered()
-VARIANTS = [PLOP(pod_maps="encoder"), MiB(unbiased_distillation=False)]
-NAMES = [each.__name__ for each in METHODS] + ["PLOP-encoder", "MiB-biased"]
+VARIANTS = [PLOP(pod_maps="encoder"), MiB(unbiased_distillation=False), EIR(activation="softmax")]
+NAMES = [each.__name__ for each in METHODS] + ["PLOP-encoder", "MiB-biased", "EIR-softmax"]
 every_method = pytest.mark.parametrize("method", [*(each() for each in METHODS), *VARIANTS], ids=NAMES)
 
 
@@ -73,7 +76,7 @@ def tensors(given):
 
 
 def test_the_methods_are_found():
-    assert {Finetune, Replay, LwF, LwFMC, ILT, MiB, PLOP, CMR} <= set(METHODS)
+    assert {Finetune, Joint, Replay, LwF, LwFMC, EWC, EIR, ILT, MiB, PLOP, CMR} <= set(METHODS)
 
 
 @every_method
@@ -195,6 +198,44 @@ def test_new_rows_leave_old_class_weights_alone(method):
     assert torch.equal(classifier.bias, before.bias)
 
 
+@every_method
+def test_what_is_trained_has_the_last_tasks_classes_and_a_base_task_stays_as_it_is(method):
+    first, last = base_task(SAMPLES[:3]), task(SAMPLES)
+    assert method.training_task([first]) == first
+    learned = method.training_task([first, last])
+    assert (learned.index, learned.num_classes) == (last.index, last.num_classes)
+    assert set(learned.train) >= set(last.train)
+
+
+@every_method
+def test_who_consolidates_keeps_a_tensor_per_parameter_and_holds_the_parameters_by_it(method):
+    draw = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=draw) for name, shape in (("a", (2, 3)), ("classifier", (OLD, 3)))}
+    now = {"a": start["a"] + 1, "classifier": torch.ones(CLASSES, 3)}
+    means = {name: torch.rand(each.shape, generator=draw, dtype=torch.float64) for name, each in start.items()}
+    if not method.consolidates:
+        assert method.penalty(now, start, means) == {}
+        return
+    state = method.consolidate(means, None)
+    assert {name: each.shape for name, each in state.items()} == {name: each.shape for name, each in start.items()}
+    still = {**start, "classifier": torch.cat([start["classifier"], torch.ones(CLASSES - OLD, 3)])}
+    for given, moved in ((now, True), (still, False)):
+        [term] = method.penalty(given, start, state).values()
+        assert term.count == 1
+        assert (term.total > 0) == moved
+
+
+def test_a_method_with_a_memory_holds_parameters_as_its_base_does():
+    for method in (Replay(base=EWC()), CMR(base=EWC())):
+        assert method.consolidates
+        assert acting(method, "consolidate")["base"] == acting(EWC(), "consolidate")
+        assert acting(method, "train")["base"] == acting(EWC(), "train")
+        given = {"a": torch.full((2,), 3.0)}, {"a": torch.ones(2)}, {"a": torch.ones(2)}
+        assert method.penalty(*given) == EWC().penalty(*given)
+        assert method.consolidate({"a": torch.ones(2)}, None).keys() == {"a"}
+    assert not Replay().consolidates
+
+
 SAMPLES = tuple(Sample(f"s{index:02}", ((4,), (5,), (4, 5), (1, 4))[index % 4 if index < 9 else 0]) for index in range(14))
 
 
@@ -203,7 +244,11 @@ def scores_for(samples, seed=0):
     values = draw.normal(size=(3, len(samples))).round(1).tolist()
     return ScoreTable(
         tuple(each.id for each in samples),
-        {**dict(zip(("delta", "audio_visual", "visual_only"), values, strict=True)), "frames": (5.0,) * len(samples)},
+        {
+            **dict(zip(("delta", "audio_visual", "visual_only"), values, strict=True)),
+            "frames": (5.0,) * len(samples),
+            **{f"components_{class_id}": tuple(map(float, draw.integers(1, 4, len(samples)))) for class_id in (4, 5)},
+        },
     )
 
 
@@ -282,6 +327,7 @@ def test_knobs_act_where_they_are_read():
     part_of = {stage: set(acting(CMR(), stage)) - {"method"} for stage in STAGES}
     assert part_of == {
         "train": {"base", "memory_truth"},
+        "consolidate": {"base"},
         "score_before": set(),
         "rehearse": {"resampling", "resampling_ratio", "resample_by", "collision_share", "collision_normalisation"},
         "score_after": {"delta"},

@@ -9,6 +9,7 @@ import pytest
 from cavs_model.datasets.tones import Tones
 from cavs_model.methods.cmr import CMR
 from cavs_model.methods.finetune import Finetune
+from cavs_model.methods.joint import Joint
 from cavs_model.scenario import Scenario
 from cavs_model.train import TEACHER_COST, Schedule
 from orchestrator import progress as progress_module
@@ -68,6 +69,16 @@ def test_the_plan_counts_epochs_clips_and_networks():
         # A teacher beside every later task's network; no companion after the last task.
         (12 * sizes[0], 8 * sizes[1] * TEACHER_COST, 4 * sizes[2] * TEACHER_COST)
     )
+
+
+def test_the_plan_of_joint_training_counts_all_samples_so_far_and_the_base_tasks_epochs():
+    tones, scenario = Tones(), Scenario(setting="2-1")
+    seen, expected = set(), []
+    for task in scenario.tasks(tones):
+        seen |= set(task.train)
+        expected.append(6 * len(seen))
+    schedule = Schedule(base_epochs=6, epochs=4)
+    assert planned_work(Experiment(benchmark=tones, scenario=scenario, schedule=schedule, method=Joint())) == tuple(expected)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ from cavs_model import checkpoint
 from cavs_model.datasets.cache import missing_blocks
 from cavs_model.datasets.collage import Collage
 from cavs_model.errors import InputError
-from cavs_model.evaluate import Data, EvaluateJob
+from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob
 from cavs_model.methods.cmr import CMR
+from cavs_model.methods.ewc import EWC
 from cavs_model.train import TaskJob
 from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
@@ -126,6 +127,26 @@ def test_any_chunk_size_gives_the_same_scores_counts_and_memory(
     for ours, theirs in zip(again, outcomes, strict=True):
         assert (ours.before, ours.after, ours.state.memory) == (theirs.before, theirs.after, theirs.state.memory)
         np.testing.assert_array_equal(ours.counts["val"], theirs.counts["val"])
+
+
+def test_what_a_method_keeps_is_the_same_bits_as_local(
+    cluster: Cluster, on_ray: tuple[list[TaskOutcome], RayBackend], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In several chunks, with a state before."""
+    outcomes, backend = on_ray
+    monkeypatch.setattr("cavs_model.evaluate.CONSOLIDATE_CLIPS", 5)
+    found: list[dict[str, torch.Tensor]] = []
+    for name, verbs in (("ray", backend), ("local", LocalBackend(tmp_path / "data"))):
+        previous = None
+        for outcome in outcomes:
+            job = ConsolidateJob(EWC(), outcome.task, _data(), "fp32", str(tmp_path / name / str(outcome.task.index)))
+            assert len(job.chunks) > 2
+            previous = verbs.consolidate(job, outcome.state.checkpoints["audio_visual"], previous)
+        found.append(checkpoint.read_method_state(Path(str(previous))))
+    ours, theirs = found
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert any(tensor.any() for tensor in ours.values())
 
 
 def test_clips_are_rendered_by_tasks(cluster: Cluster, tmp_path: Path) -> None:

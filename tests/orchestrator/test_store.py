@@ -19,16 +19,17 @@ from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.tones import Tones
 from cavs_model.errors import InputError
-from cavs_model.evaluate import Data, EvaluateJob, ScoreJob
+from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.cmr import CMR
+from cavs_model.methods.ewc import EWC
 from cavs_model.methods.finetune import Finetune
 from cavs_model.methods.plop import PLOP
 from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.scenario import Scenario
 from cavs_model.train import Schedule, Seeds, TaskJob
-from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, LabelRule, Row, ScoreTable
+from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, LabelRule, Paste, Row, ScoreTable
 from orchestrator import store
-from orchestrator.store import StoredBackend, evaluate_key, score_key, train_key, write_atomically
+from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key, write_atomically
 
 TONES = Tones()
 BASE_TASK, TASK = Scenario(setting="2-2").tasks(TONES)
@@ -36,9 +37,11 @@ DATA = Data(TONES, "cache", TONES.class_names())
 JOB = TaskJob(
     AUDIO_VISUAL, TASK, DATA, (Row("train-00001", 1), Row("train-00002", 2)), CMR(), NetworkConfig(visual_weights="none"),
     Schedule(), "fp32", Seeds(0, 0, 0), "networks/abc", output="somewhere", label="trial 1",
+    pastes=(Paste("train-00003", "train-00001", 1),), method_state="states/abc",
 )  # fmt: skip
-BASE_JOB = dataclasses.replace(JOB, task=BASE_TASK, rows=(), start=None, method=Finetune())
+BASE_JOB = dataclasses.replace(JOB, task=BASE_TASK, rows=(), pastes=(), start=None, method_state=None, method=Finetune())
 SCORE = ScoreJob("after", CMR(), TASK, DATA, 16, "fp32", label="trial 1")
+CONSOLIDATE = ConsolidateJob(EWC(), TASK, DATA, "fp32", output="somewhere", label="trial 1")
 EVALUATE = EvaluateJob("val", ("val-0", "val-1"), TASK.seen_rule, 5, DATA, 16, "fp32", label="trial 1")
 CHECKPOINTS = {AUDIO_VISUAL: "networks/abc", VISUAL_ONLY: "networks/def"}
 
@@ -66,6 +69,13 @@ class FakeBackend:
     def score(self, job, checkpoints):
         self.asked.append(("score", job.stage))
         return ScoreTable(("a", "b"), {"delta": (0.1, 1 / 3), "frames": (2.0, float("nan"))})
+
+    def consolidate(self, job, path, previous):
+        self.asked.append(("consolidate", previous))
+        checkpoint.save_method_state(pathlib.Path(job.output), {"weight": torch.ones(2)})
+        if self.fail is not None:
+            raise self.fail
+        return job.output
 
     def evaluate(self, job, checkpoint):
         self.asked.append(("evaluate", job.split))
@@ -129,6 +139,25 @@ def test_scores_and_counts_are_computed_once_and_come_back_as_they_were(tmp_path
     )
 
 
+def test_what_a_method_keeps_of_a_network_is_computed_once(tmp_path):
+    backend = FakeBackend()
+    stored = StoredBackend(backend, tmp_path)
+    first = stored.consolidate(CONSOLIDATE, "networks/abc", None)
+    assert stored.consolidate(dataclasses.replace(CONSOLIDATE, label="trial 2"), "elsewhere/abc", None) == first
+    second = stored.consolidate(CONSOLIDATE, "networks/abc", first)
+    assert backend.asked == [("consolidate", None), ("consolidate", first)]
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 1)
+    for path, previous in ((first, None), (second, first)):
+        assert pathlib.Path(path) == tmp_path / "states" / consolidate_key(CONSOLIDATE, "networks/abc", previous)
+        assert checkpoint.read_method_state(pathlib.Path(path))["weight"].tolist() == [1, 1]
+    (pathlib.Path(first) / store.COST).write_text("{")
+    with pytest.raises(InputError, match=f"damaged store entry {first}.*delete it"):
+        stored.consolidate(CONSOLIDATE, "networks/abc", None)
+    (pathlib.Path(first) / store.COST).unlink()
+    assert stored.consolidate(CONSOLIDATE, "networks/abc", None) == first
+    assert len(backend.asked) == 3
+
+
 def test_data_are_prepared_under_a_lock_and_always_looked_at(tmp_path):
     backend = FakeBackend()
     stored = StoredBackend(backend, tmp_path)
@@ -145,7 +174,9 @@ def test_what_fails_leaves_nothing_and_is_tried_again(tmp_path, error):
     pair = [JOB, dataclasses.replace(JOB, network=VISUAL_ONLY)]
     with pytest.raises(type(error)):
         stored.train(pair)
-    assert list((tmp_path / "networks").iterdir()) == []
+    with pytest.raises(type(error)):
+        stored.consolidate(CONSOLIDATE, "networks/abc", None)
+    assert list((tmp_path / "networks").iterdir()) == list((tmp_path / "states").iterdir()) == []
     assert stored.reuse.computed == 0
     assert len(StoredBackend(FakeBackend(), tmp_path).train(pair)) == 2
     assert {path.name for path in (tmp_path / "networks").iterdir()} == {train_key(job) for job in pair}
@@ -392,6 +423,13 @@ TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.ite
         ("seeds.memory", 1, False),
         ("start", "networks/xyz", True),
         ("start", "elsewhere/networks/abc", False),
+        ("method_state", "states/xyz", True),
+        ("method_state", None, True),
+        ("method_state", "elsewhere/states/abc", False),
+        ("pastes", (), True),
+        ("pastes", (Paste("train-00004", "train-00001", 1),), True),
+        ("pastes", (Paste("train-00003", "train-00002", 1),), True),
+        ("pastes", (Paste("train-00003", "train-00001", 2),), True),
         ("output", "elsewhere", False),
     ],
 )
@@ -403,6 +441,7 @@ def test_every_field_of_a_job_was_considered():
     for job, test in (
         (JOB, test_what_the_address_of_a_network_depends_on),
         (SCORE, test_what_the_address_of_scores_depends_on),
+        (CONSOLIDATE, test_what_the_address_of_a_methods_state_depends_on),
         (EVALUATE, test_what_the_address_of_counts_depends_on),
     ):
         changes = test.pytestmark[0].args[1]
@@ -452,6 +491,26 @@ def test_first_weights_count_by_their_content(tmp_path):
 )
 def test_what_the_address_of_scores_depends_on(path, value, matters):
     assert (score_key(changed(SCORE, path, value), CHECKPOINTS) != score_key(SCORE, CHECKPOINTS)) == matters
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "matters"),
+    [
+        *DATA_CHANGES,
+        *TASK_CHANGES,
+        ("method", CMR(), True),
+        ("method.decay", 0.5, True),
+        ("method.weight", 1.0, False),
+        ("method.normalise", False, False),
+        ("output", "elsewhere", False),
+    ],
+)
+def test_what_the_address_of_a_methods_state_depends_on(path, value, matters):
+    key = consolidate_key(CONSOLIDATE, "n/abc", "s/abc")
+    assert (consolidate_key(changed(CONSOLIDATE, path, value), "n/abc", "s/abc") != key) == matters
+    assert consolidate_key(CONSOLIDATE, "elsewhere/abc", "elsewhere/abc") == key
+    for others in (("n/def", "s/abc"), ("n/abc", "s/def"), ("n/abc", None)):
+        assert consolidate_key(CONSOLIDATE, *others) != key
 
 
 def test_scores_depend_on_which_network_is_which_checkpoint():

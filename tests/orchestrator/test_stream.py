@@ -12,9 +12,12 @@ import torch
 
 from cavs_model import checkpoint
 from cavs_model.datasets.tones import Tones
-from cavs_model.evaluate import EvaluateJob, ScoreJob, evaluate, score_samples
+from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob, evaluate, score_samples
 from cavs_model.methods.cmr import CMR
+from cavs_model.methods.eir import EIR
+from cavs_model.methods.ewc import EWC
 from cavs_model.methods.finetune import Finetune
+from cavs_model.methods.joint import Joint
 from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay
 from cavs_model.networks.av_segmenter import NetworkConfig
@@ -23,7 +26,7 @@ from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, ScoreTable
 from orchestrator.experiment import Experiment, override
 from orchestrator.local_backend import LocalBackend
-from orchestrator.store import StoredBackend, evaluate_key, score_key, train_key
+from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key
 from orchestrator.stream import run_stream
 
 EXPERIMENT = Experiment(
@@ -56,6 +59,10 @@ class Watched:
     def score(self, job, checkpoints):
         self.asked.append(("score", job, score_key(job, checkpoints)))
         return self.backend.score(job, checkpoints)
+
+    def consolidate(self, job, path, previous):
+        self.asked.append(("consolidate", job, consolidate_key(job, path, previous)))
+        return self.backend.consolidate(job, path, previous)
 
     def evaluate(self, job, path):
         self.asked.append(("evaluate", job, evaluate_key(job, path)))
@@ -154,6 +161,80 @@ def test_validation_is_prepared_where_the_selection_of_epochs_reads_it(folder):
     chosen = replace(EXPERIMENT, method=Finetune(), schedule=replace(EXPERIMENT.schedule, selection="best_val"))
     assert run(chosen, folder, splits=("test",)).jobs("prepare") == [("test", "train", "val")]
     assert run(replace(EXPERIMENT, method=Finetune()), folder, splits=()).jobs("prepare") == [("train",)]
+
+
+# Methods that train on something else than the task's samples and the memory's rows.
+
+
+def by_task(found):
+    return {job.task.index: job for job in found.jobs("train")}
+
+
+def test_joint_training_starts_anew_with_all_samples_so_far(runs, folder):
+    schedule = replace(EXPERIMENT.schedule, base_epochs=2)
+    found = run(replace(EXPERIMENT, method=Joint(), schedule=schedule), folder, splits=("val", "test"))
+    seen = set()
+    for outcome, job in zip(found.outcomes, found.jobs("train"), strict=True):
+        seen |= {sample.id for sample in outcome.task.train}
+        assert {sample.id for sample in job.task.train} == seen
+        assert (job.start, job.rows, job.method) == (None, (), Finetune())
+        assert outcome.trained[AUDIO_VISUAL].clips == 2 * len(seen)
+        assert outcome.trained[AUDIO_VISUAL].num_classes == outcome.task.num_classes
+        assert outcome.first_epoch == 2 * outcome.task.index
+    assert [job.rule for job in found.jobs("evaluate")] == [job.rule for job in runs["finetune"].jobs("evaluate")]
+    plain = run(replace(EXPERIMENT, method=Joint()), folder)
+    assert plain.addresses("train", 0) == runs["finetune"].addresses("train", 0)
+
+
+def test_ewc_keeps_what_it_knows_of_each_network_but_the_last(runs, folder):
+    twice = replace(EXPERIMENT, schedule=replace(EXPERIMENT.schedule, epochs=2))  # the first step of a task has no penalty
+    found = run(replace(twice, method=EWC()), folder)
+    assert [(job.task.index, job.method) for job in found.jobs("consolidate")] == [(0, EWC()), (1, EWC())]
+    states = [outcome.state.method_states for outcome in found.outcomes]
+    assert [set(state) for state in states] == [{AUDIO_VISUAL}, {AUDIO_VISUAL}, set()]
+    assert [job.method_state for job in found.jobs("train")] == [None, states[0][AUDIO_VISUAL], states[1][AUDIO_VISUAL]]
+    assert found.addresses("train", 0) == runs["finetune"].addresses("train", 0)
+    for job in found.jobs("consolidate"):
+        assert isinstance(job, ConsolidateJob)
+        assert pickle.loads(pickle.dumps(job)) == job
+    for outcome in found.outcomes[1:]:
+        assert outcome.trained[AUDIO_VISUAL].history[-1]["penalty"] > 0
+    first, second = (checkpoint.read_method_state(checkpoint.Path(state[AUDIO_VISUAL])) for state in states[:2])
+    assert len(second["classifier.conv.bias"]) == len(first["classifier.conv.bias"]) + 1
+    other = run(replace(twice, method=EWC(weight=1.0)), folder)
+    assert other.addresses("consolidate", 0) == found.addresses("consolidate", 0)
+    assert not set(other.addresses("train", 1)) & set(found.addresses("train", 1))
+
+
+def test_cmr_over_ewc_holds_both_networks(folder):
+    found = run(replace(EXPERIMENT, method=CMR(base=EWC(), samples_per_class=2)), folder)
+    assert [set(outcome.state.method_states) for outcome in found.outcomes] == [BOTH, BOTH, set()]
+    for job in found.jobs("train"):
+        assert (job.method_state is None) == (job.task.index == 0)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_eir_learns_its_memory_within_the_new_samples(runs, folder, activation):
+    method = EIR(samples_per_class=2, activation=activation, confidence=0.3)
+    found = run(replace(EXPERIMENT, method=method), folder)
+    assert [(job.task.index, job.stage) for job in found.jobs("score")] == [
+        (0, "after"),
+        (1, "before"),
+        (1, "after"),
+        (2, "before"),
+    ]
+    assert found.addresses("train", 0) == runs["finetune"].addresses("train", 0)
+    assert by_task(found)[0].pastes == ()
+    for before, outcome in pairwise(found.outcomes):
+        job, memory = by_task(found)[outcome.task.index], before.state.memory
+        assert job.rows == outcome.rehearsal.rows == ()
+        assert job.pastes == outcome.rehearsal.pastes
+        assert {paste.sample_id for paste in job.pastes} == {sample.id for sample in outcome.task.train}
+        assert {(paste.class_id, paste.instance_id) for paste in job.pastes} <= {
+            (row.class_id, row.sample_id) for row in memory.rows
+        }
+        assert set(memory.by_class) == set(range(1, before.task.num_classes))
+        assert outcome.trained[AUDIO_VISUAL].history[0]["distillation"] > 0
 
 
 # Memory.
