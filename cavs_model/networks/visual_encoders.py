@@ -1,12 +1,21 @@
 """Visual encoders: uint8 pictures -> feature maps at strides 4, 8, 16 and 32. Each one normalises for itself, on the device.
 
+ResNet-50 (He et al., CVPR 2016) and PVT-v2-b5 (Wang et al., 2022) are AVSBench's and the CMR paper's; EfficientNet-Lite0 is a
+light one for training without a GPU.
+
 To add an encoder: subclass VisualEncoder with its channels, normalisation and `features`, and name it in VISUAL_ENCODERS; where
 it has ImageNet weights, `imagenet_file` says which file holds them.
+
+Where the sources disagree, and what is done here:
+- PVT-v2's authors train with stochastic depth (0.1 in AVSBench's code). Here every block runs: which blocks are left out would
+  depend on which worker holds the sample.
+- AVSBench's code holds a second, unused copy of ResNet-50's last two stages; here there is one.
 """
 
 from __future__ import annotations
 
-import pickle
+import fcntl
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
@@ -14,13 +23,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cavs_model.errors import InputError, unknown
+from cavs_model.networks.weight_files import copy_weights, read_weights
 
 COARSEST_STRIDE = 32
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
 
 
 class VisualEncoder(nn.Module, ABC):
@@ -47,8 +57,12 @@ class VisualEncoder(nn.Module, ABC):
         """The module whose state_dict a weight file holds."""
         return self
 
+    def renamed(self, name: str) -> str:
+        """The body's name for a tensor of a weight file; files of other publishers may use other names."""
+        return name
+
     def imagenet_file(self) -> Path:
-        """The file with the encoder's ImageNet weights. InputError where there is none."""
+        """The file with the encoder's ImageNet weights, downloaded where need be. InputError where there is none."""
         raise InputError('this visual encoder has no ImageNet weights: set visual_weights to "none" or to a weight file')
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,45 +166,147 @@ def _pad_inside(conv: Any) -> None:
         conv.static_padding = nn.Identity()
 
 
-VISUAL_ENCODERS: Mapping[str, type[VisualEncoder]] = {"efficientnet_lite0": EfficientNetLite0, "tiny": Tiny}
+class ResNet50(VisualEncoder):
+    """torchvision's ResNet-50 without its head; the maps are the outputs of layer1 to layer4.
+
+    "imagenet" is torchvision's IMAGENET1K_V1, the training recipe of the papers, kept where torch keeps its downloads
+    (TORCH_HOME). A weight file has torchvision's names.
+    """
+
+    channels = (256, 512, 1024, 2048)
+    pixel_mean = IMAGENET_MEAN
+    pixel_std = IMAGENET_STD
+    unused_weights = ("fc.",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torchvision.models import resnet50
+
+        network = resnet50()
+        self.network = nn.Module()
+        for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"):
+            setattr(self.network, name, getattr(network, name))
+        self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+
+    def body(self) -> nn.Module:
+        return self.network
+
+    def imagenet_file(self) -> Path:
+        from torchvision.models import ResNet50_Weights
+
+        return download(ResNet50_Weights.IMAGENET1K_V1.url)
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        network: Any = self.network
+        first = network.layer1(self.pool(nn.functional.relu(network.bn1(network.conv1(x)), inplace=True)))
+        second = network.layer2(first)
+        third = network.layer3(second)
+        return first, second, third, network.layer4(third)
+
+
+class PVTv2B5(VisualEncoder):
+    """PVT-v2-b5 without its head, from the package timm; the maps are the outputs of its four stages.
+
+    "imagenet" is timm's file at huggingface.co (HF_HOME). A weight file has the names of timm or those of the authors'
+    release (`patch_embed1`, `block1.0`, `norm1`).
+    """
+
+    channels = (64, 128, 320, 512)
+    pixel_mean = IMAGENET_MEAN
+    pixel_std = IMAGENET_STD
+    unused_weights = ("head.",)
+
+    REPOSITORY: ClassVar[str] = "timm/pvt_v2_b5.in1k"
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            import timm
+        except ImportError:
+            raise InputError(
+                "visual_encoder 'pvt_v2_b5' needs the package timm: pip install 'cavs-orchestrator[pvt]', or use: "
+                + ", ".join(name for name in VISUAL_ENCODERS if name != "pvt_v2_b5")
+            ) from None
+        network: Any = timm.create_model("pvt_v2_b5", pretrained=False, drop_path_rate=0.0)
+        self.network = nn.Module()
+        for name in ("patch_embed", "stages"):
+            setattr(self.network, name, getattr(network, name))
+
+    def body(self) -> nn.Module:
+        return self.network
+
+    def renamed(self, name: str) -> str:
+        name = re.sub(r"^patch_embed1\.", "patch_embed.", name)
+        name = re.sub(r"^patch_embed([234])\.", lambda found: f"stages.{int(found[1]) - 1}.downsample.", name)
+        name = re.sub(r"^block([1234])\.", lambda found: f"stages.{int(found[1]) - 1}.blocks.", name)
+        name = re.sub(r"^norm([1234])\.", lambda found: f"stages.{int(found[1]) - 1}.norm.", name)
+        return name.replace(".dwconv.dwconv.", ".dwconv.")
+
+    def imagenet_file(self) -> Path:
+        try:
+            from huggingface_hub import hf_hub_download
+
+            return Path(hf_hub_download(self.REPOSITORY, "model.safetensors"))
+        except Exception as error:  # the hub's client has a dozen kinds of failure without a common ancestor
+            raise _no_download(f"https://huggingface.co/{self.REPOSITORY}", error) from error
+
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        network: Any = self.network
+        x = network.patch_embed(x)
+        maps = []
+        for stage in network.stages:
+            x = stage(x)
+            maps.append(x.contiguous(memory_format=torch.channels_last))
+        return maps[0], maps[1], maps[2], maps[3]
+
+
+VISUAL_ENCODERS: Mapping[str, type[VisualEncoder]] = {
+    "efficientnet_lite0": EfficientNetLite0,
+    "resnet50": ResNet50,
+    "pvt_v2_b5": PVTv2B5,
+    "tiny": Tiny,
+}
 
 
 def build_visual_encoder(name: str, weights: str) -> VisualEncoder:
     """The encoder of that name; `weights`: "imagenet", "none" (random) or the path of a state_dict (.pt, .pth or .safetensors).
 
-    InputError for an unknown name, and for weights that are missing or do not fit.
+    InputError for an unknown name, and for weights that are missing, cannot be downloaded or do not fit.
     """
     if name not in VISUAL_ENCODERS:
         raise unknown("visual encoder", name, VISUAL_ENCODERS)
     encoder = VISUAL_ENCODERS[name]()
     if weights != "none":
-        _load(encoder, encoder.imagenet_file() if weights == "imagenet" else Path(weights))
+        file = encoder.imagenet_file() if weights == "imagenet" else Path(weights)
+        stored = read_weights(file, "visual_weights", '"imagenet", "none" or the path of a weight file')
+        stored = {encoder.renamed(key): value for key, value in stored.items() if not key.startswith(encoder.unused_weights)}
+        copy_weights(encoder.body(), stored, f"visual_weights: {str(file)!r}", type(encoder).__name__)
     return encoder
 
 
-def _load(encoder: VisualEncoder, file: Path) -> None:
-    """Copies the weights of a file into the encoder. InputError where the file is missing, unreadable or of another shape."""
+def download(url: str) -> Path:
+    """The file at an address of torch's model store, from torch's download folder where it is there already.
+
+    One process a machine downloads, the others wait for it. The file's name holds the start of its SHA-256, which is checked.
+    InputError where there is no network, or the folder cannot be written.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    file = folder / url.rsplit("/", 1)[-1]
     if not file.is_file():
-        raise InputError(f'visual_weights: no file {str(file)!r}; choose "imagenet", "none" or the path of a weight file')
-    try:
-        stored: object = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"visual_weights: {str(file)!r} is not a state_dict of tensors ({reason})") from None
-    if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
-        raise InputError(f"visual_weights: {str(file)!r} is not a state_dict of tensors")
-    stored = {name: value for name, value in stored.items() if not name.startswith(encoder.unused_weights)}
-    own = encoder.body().state_dict()
-    problems = [f"{name} is missing" for name in own if name not in stored and not name.endswith("num_batches_tracked")]
-    problems += [f"{name} is not part of the encoder" for name in stored if name not in own]
-    problems += [
-        f"{name} has shape {list(stored[name].shape)}, expected {list(own[name].shape)}"
-        for name in own
-        if name in stored and stored[name].shape != own[name].shape
-    ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InputError(
-            f"visual_weights: {str(file)!r} does not fit {type(encoder).__name__}: {'; '.join(problems[:3])}{more}"
-        )
-    encoder.body().load_state_dict(stored, strict=False)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f".{file.name}.lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not file.is_file():
+                    torch.hub.download_url_to_file(url, str(file), file.stem.rsplit("-", 1)[-1], progress=False)
+        except (OSError, RuntimeError) as error:
+            raise _no_download(url, error, f" as {file}") from error
+    return file
+
+
+def _no_download(source: str, error: Exception, place: str = "") -> InputError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return InputError(
+        f'visual_weights "imagenet" could not be downloaded from {source} ({reason}); fetch the file on a machine with a '
+        f'network and put it here{place}, or set visual_weights to the path of a weight file or to "none"'
+    )
