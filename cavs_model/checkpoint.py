@@ -18,7 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from cavs_model.errors import InputError
-from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
+from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
 
 WEIGHTS = "weights.safetensors"
 ABOUT = "about.json"
@@ -54,7 +54,7 @@ class Checkpoint:
         """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description."""
         try:
             config = NetworkConfig(**{**self.about.config, "visual_weights": "none"})
-            model = build(config, self.about.num_classes, self.about.network)
+            model = AVSegmenter(config, self.about.num_classes, self.about.network)
         except (InputError, TypeError) as error:
             raise InputError(f"damaged checkpoint description {Path(self.directory) / ABOUT}: {error}") from error
         try:

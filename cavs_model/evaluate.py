@@ -33,10 +33,11 @@ class Data:
     benchmark: Benchmark
     cache: str  # absolute path; cache.open_split
     learned_order: tuple[str, ...]
+    audio_features: str = ""  # which vectors of sound its batches have; vggish.feature_name, none by default
 
     def open(self, split: str) -> DecodedSplit:
         """The decoded split. InputError where the cache is not complete."""
-        return open_split(self.benchmark, split, self.cache)
+        return open_split(self.benchmark, split, self.cache, self.audio_features)
 
     def table(self, rule: LabelRule) -> np.ndarray:
         """uint8 [256]: the benchmark's label -> the visible learned label."""

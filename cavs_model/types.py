@@ -100,7 +100,8 @@ class Batch:
     image [B T 3 H W] uint8; audio [B T F M] float32 log-mel (96 frames of 64 bins a second, one second a frame);
     label [B T H W] uint8 after a LabelRule; real_frame [B T] bool: False where a short clip was padded (never computed);
     labelled_frame [B T] bool: False where the frame has no annotation (its label is IGNORE throughout);
-    rehearsed [B] bool: True where the sample comes from the memory.
+    rehearsed [B] bool: True where the sample comes from the memory; audio_feature [B T 128] float32: what the frozen sound
+    network says of `audio`, where that is kept on disk. Who changes `audio` must set it to None.
     """
 
     sample_id: tuple[str, ...]
@@ -110,6 +111,7 @@ class Batch:
     real_frame: Tensor
     labelled_frame: Tensor
     rehearsed: Tensor
+    audio_feature: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)

@@ -32,8 +32,8 @@ class LocalBackend:
     resources: Resources = field(default_factory=Resources)
     observer: Observer = silent
 
-    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
-        cache.build(benchmark, splits, self.cache_root, _pool_map)
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
+        cache.build(benchmark, splits, self.cache_root, _pool_map, audio_weights)
         return str(self.cache_root)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:

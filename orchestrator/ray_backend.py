@@ -202,8 +202,8 @@ class RayBackend:
     resources: Resources
     mailbox: Any = None
 
-    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
-        cache.build(benchmark, splits, self.cache_root, self._map_blocks)
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
+        cache.build(benchmark, splits, self.cache_root, self._map_blocks, audio_weights)
         return str(self.cache_root)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:

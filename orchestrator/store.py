@@ -31,6 +31,7 @@ from cavs_model.errors import InputError
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.base import acting
 from cavs_model.networks.av_segmenter import NetworkConfig
+from cavs_model.networks.vggish import weights_digest
 from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import ScoreTable, Task
 from orchestrator.experiment import fingerprint, plain
@@ -69,10 +70,14 @@ def _schedule_key(schedule: Schedule, task: Task) -> dict[str, Any]:
     }
 
 
-def _config_key(config: NetworkConfig) -> NetworkConfig:
-    """The network with the content of its file of first weights in place of the file's name."""
-    file = Path(config.visual_weights)
-    return replace(config, visual_weights=hashlib.sha256(file.read_bytes()).hexdigest()) if file.is_file() else config
+def _config_key(job: TaskJob) -> NetworkConfig:
+    """The network with the content of weight files in place of their names: first weights at the start, frozen ones always."""
+    config, file = job.config, Path(job.config.visual_weights)
+    if job.start is None and file.is_file():
+        config = replace(config, visual_weights=hashlib.sha256(file.read_bytes()).hexdigest())
+    if config.frozen_sound is not None:
+        config = replace(config, audio_weights=weights_digest(config.audio_weights))
+    return config
 
 
 def train_key(job: TaskJob) -> str:
@@ -86,7 +91,7 @@ def train_key(job: TaskJob) -> str:
             "rows": [(row.sample_id, row.class_id) for row in job.rows],
             "pastes": [(paste.sample_id, paste.instance_id, paste.class_id) for paste in job.pastes],
             "method": acting(job.method, "train"),
-            "config": _config_key(job.config) if job.start is None else job.config,
+            "config": _config_key(job),
             "schedule": _schedule_key(job.schedule, job.task),
             "precision": job.precision,
             "seeds": [job.seeds.init, job.seeds.data],
@@ -174,9 +179,9 @@ class StoredBackend:
             except OSError as error:
                 raise InputError(f"cannot write the store {self.root}: {error.strerror}") from error
 
-    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
         with self._locked(f"data-{benchmark.fingerprint()[:40]}", f"data of {benchmark.name}"):
-            return self.backend.prepare(benchmark, splits)
+            return self.backend.prepare(benchmark, splits, audio_weights)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         folders = {train_key(job): (self.root / "networks" / train_key(job), job) for job in jobs}

@@ -15,6 +15,8 @@ from cavs_model.datasets.cache import record_type
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.finetune import Finetune
 from cavs_model.metrics import diagnoses, stream_summary, summary
+from cavs_model.networks.av_segmenter import check_weights
+from cavs_model.networks.vggish import feature_name
 from cavs_model.train import Seeds, TaskJob
 from cavs_model.types import AUDIO_VISUAL, Memory, Rehearsal, ScoreTable, State, Task
 from orchestrator.experiment import Experiment
@@ -23,8 +25,11 @@ from orchestrator.experiment import Experiment
 class Backend(Protocol):
     """Who does the work. The same verbs in this process and on a cluster, with the same results."""
 
-    def prepare(self, benchmark: Benchmark, splits: Sequence[str]) -> str:
-        """Renders or decodes what is missing of the splits; the absolute path of the cache."""
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
+        """Renders or decodes what is missing of the splits; the absolute path of the cache.
+
+        With `audio_weights` also what the frozen sound network says of them (NetworkConfig.frozen_sound).
+        """
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         """Trains the networks of one task, side by side where resources allow; their checkpoints' directories."""
@@ -101,7 +106,10 @@ def run_stream(
     tasks, seeds = scenario.tasks(benchmark), experiment.seeds_of(seed)
     order = scenario.learned_order(benchmark)
     needed = {"train", *splits, *(["val"] if schedule.selection == "best_val" else [])}
-    data = Data(benchmark, backend.prepare(benchmark, sorted(needed)), order)
+    check_weights(experiment.network)
+    sound = experiment.network.frozen_sound
+    cache = backend.prepare(benchmark, sorted(needed), sound)
+    data = Data(benchmark, cache, order, "" if sound is None else feature_name(sound))
     common = (data, schedule.batch_size, experiment.precision)
     state = State()
     earlier: tuple[Mapping[str, list[list[int]]], ...] = ()

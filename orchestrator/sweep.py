@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError
+from cavs_model.networks.av_segmenter import check_weights
 from orchestrator import cli
 from orchestrator.experiment import Experiment, Objective, flatten, override
 from orchestrator.progress import Event, Progress, planned_work, watched
@@ -129,7 +130,8 @@ def sweep() -> int:
         try:
             with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
                 progress.line(f"preparing {experiment.benchmark.name}")
-                store.prepare(experiment.benchmark, ("train", "val"))
+                check_weights(experiment.network)
+                store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
                 progress.line(f"{experiment.benchmark.name} is ready")
                 results = search(space, plan, arguments.trials, concurrency, arguments.sampler, arguments.search_seed, folder)
                 best = best_of(results, objective)

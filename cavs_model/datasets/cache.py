@@ -3,6 +3,9 @@
 A split is stored as blocks of 64 clips. A block is one .npy file of records (see `record_type`) followed by the 32 bytes of
 its SHA-256; it appears under its name only when it is complete, so that an interrupted build goes on where it stopped and two
 processes may write the same block at once. Opening looks at headers and sizes alone; `verify` reads everything.
+
+Beside the clips lie, where a network has a sound encoder that is never trained, its vectors of every clip's seconds: blocks of
+the same kind, whose names begin with `vggish.feature_name`, so that every weight file has its own.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ import torch
 from cavs_model.datasets.base import Benchmark, Clips
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
 from cavs_model.errors import InputError, unknown
+from cavs_model.networks.vggish import AUDIO_DIM, feature_name, load_vggish
 from cavs_model.types import BACKGROUND, IGNORE, Batch
 
 BLOCK_CLIPS = 64
@@ -66,6 +70,11 @@ def record_type(benchmark: Benchmark) -> np.dtype[np.void]:
     )
 
 
+def feature_type(benchmark: Benchmark) -> np.dtype[np.void]:
+    """One clip's vectors of sound as a record; zeros at padded frames."""
+    return np.dtype([("audio_feature", "<f4", (benchmark.frames, AUDIO_DIM))])
+
+
 def cache_folder(benchmark: Benchmark, split: str, root: str | Path) -> Path:
     """Where the blocks of a split lie. A changed benchmark has another fingerprint and so another folder."""
     if split not in benchmark.splits():
@@ -73,12 +82,15 @@ def cache_folder(benchmark: Benchmark, split: str, root: str | Path) -> Path:
     return Path(root) / f"{benchmark.name}-{benchmark.fingerprint()[:16]}" / split.replace("/", "-")
 
 
-def missing_blocks(benchmark: Benchmark, split: str, root: str | Path) -> list[int]:
-    """The blocks that are absent or, by their header and size, not whole. The latter are logged as warnings."""
-    folder, record = cache_folder(benchmark, split, root), record_type(benchmark)
+def missing_blocks(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> list[int]:
+    """The blocks that are absent or, by their header and size, not whole. The latter are logged as warnings.
+
+    Of the clips, or of the vectors of sound whose name `features` is.
+    """
+    folder, record = cache_folder(benchmark, split, root), feature_type(benchmark) if features else record_type(benchmark)
     missing = []
     for block, positions in enumerate(_blocks(benchmark, split)):
-        path = _block_path(folder, block)
+        path = _block_path(folder, block, features)
         fault = _fault(path, record, len(positions))
         if fault:
             missing.append(block)
@@ -96,60 +108,105 @@ def write_block(benchmark: Benchmark, split: str, block: int, root: str | Path) 
         _write_atomically(path, _encode(_records(benchmark, split, positions)))
 
 
-def build(benchmark: Benchmark, splits: Iterable[str], root: str | Path, map_blocks: MapBlocks = map) -> None:
-    """Renders all that is missing of some splits. Does nothing for a benchmark that is not cached.
+def write_features(benchmark: Benchmark, split: str, block: int, root: str | Path, weights: str) -> None:
+    """Puts the vectors of sound of a block of clips in place, unless they are there whole. The clips must be there.
+
+    Clip by clip in one thread, so that they have the same bits whoever makes them. InputError for weights that do not fit,
+    and where the folder cannot be written.
+    """
+    folder, record = cache_folder(benchmark, split, root), feature_type(benchmark)
+    positions = _blocks(benchmark, split)[block]
+    path = _block_path(folder, block, feature_name(weights))
+    if not _fault(path, record, len(positions)):
+        return
+    clips = DecodedSplit(benchmark, split, root).read(positions)
+    records = np.zeros(len(positions), record)
+    network, threads = load_vggish(weights, torch.device("cpu")), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            for vectors, audio, real in zip(records["audio_feature"], clips.audio, clips.real_frame, strict=True):
+                if real.any():
+                    vectors[real] = network(torch.from_numpy(audio[real].astype(np.float32))).numpy()
+    finally:
+        torch.set_num_threads(threads)
+    _write_atomically(path, _encode(records))
+
+
+def build(
+    benchmark: Benchmark,
+    splits: Iterable[str],
+    root: str | Path,
+    map_blocks: MapBlocks = map,
+    audio_weights: str | None = None,
+) -> None:
+    """Makes all that is missing of some splits: clips and, with `audio_weights`, vectors of sound (NetworkConfig.frozen_sound).
 
     `map_blocks(function, jobs)` calls a function, which pickles, on every job, in parallel or not: the built-in `map`, a
-    pool's, a cluster's. InputError where the cache cannot be written.
+    pool's, a cluster's. Does nothing for a benchmark that is not cached. InputError where the cache cannot be written.
     """
     if not benchmark.cached:
         return
+    splits = list(splits)
+    name = (
+        "" if audio_weights is None else feature_name(audio_weights)
+    )  # first: a missing file is told before hours of decoding
     jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root)]
     for _ in map_blocks(partial(_write_job, benchmark, str(root)), jobs):
         pass
+    if audio_weights is None:
+        return
+    jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root, name)]
+    for _ in map_blocks(partial(_feature_job, benchmark, str(root), audio_weights), jobs):
+        pass
 
 
-def verify(benchmark: Benchmark, split: str, root: str | Path) -> None:
+def verify(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> None:
     """Reads a whole split against its checksums. InputError naming the damaged files, which are best deleted."""
     if not benchmark.cached:
         return
-    open_split(benchmark, split, root)  # complains of missing blocks
+    open_split(benchmark, split, root, features)  # complains of missing blocks
     folder = cache_folder(benchmark, split, root)
-    paths = [_block_path(folder, block) for block in range(len(_blocks(benchmark, split)))]
+    names = ["", features] if features else [""]
+    paths = [_block_path(folder, block, name) for name in names for block in range(len(_blocks(benchmark, split)))]
     damaged = [str(path) for path in paths if not _checksum_matches(path)]
     if damaged:
         raise InputError(f"damaged cache files (delete them and build again): {', '.join(damaged)}")
 
 
-def open_split(benchmark: Benchmark, split: str, root: str | Path) -> DecodedSplit:
+def open_split(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> DecodedSplit:
     """A split ready for reading. InputError naming the folder and the blocks where the cache is incomplete.
 
-    Benchmarks that are not cached are rendered into memory here; `root` is then not looked at.
+    Its batches have the vectors of sound of the name `features`, if one is given. Benchmarks that are not cached are rendered
+    into memory here, without such vectors; `root` is then not looked at.
     """
     if benchmark.cached:
-        missing = missing_blocks(benchmark, split, root)
-        if missing:
-            folder = cache_folder(benchmark, split, root)
-            raise InputError(f"the cache {folder} is incomplete: build it first; missing blocks {missing}")
-    return DecodedSplit(benchmark, split, root)
+        for name in ("", features) if features else ("",):
+            missing = missing_blocks(benchmark, split, root, name)
+            if missing:
+                folder = cache_folder(benchmark, split, root)
+                kind = f"{name} blocks" if name else "blocks"
+                raise InputError(f"the cache {folder} is incomplete: build it first; missing {kind} {missing}")
+    return DecodedSplit(benchmark, split, root, features)
 
 
 class DecodedSplit:
-    """The clips of one split. Maps are opened at first use, also in another process: it pickles as its three arguments.
+    """The clips of one split. Maps are opened at first use, also in another process: it pickles as its arguments.
 
     To be made by `open_split`, which checks that all blocks are there.
     """
 
-    def __init__(self, benchmark: Benchmark, split: str, root: str | Path) -> None:
+    def __init__(self, benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> None:
         self.benchmark = benchmark
         self.split = split
         self.root = Path(root)
+        self.features = features if benchmark.cached else ""
         self.sample_ids = tuple(sample.id for sample in benchmark.samples(split))
         self._position = {sample_id: position for position, sample_id in enumerate(self.sample_ids)}
-        self._opened: dict[int, np.ndarray] = {}
+        self._opened: dict[tuple[int, str], np.ndarray] = {}
 
-    def __reduce__(self) -> tuple[type[DecodedSplit], tuple[Benchmark, str, Path]]:
-        return type(self), (self.benchmark, self.split, self.root)
+    def __reduce__(self) -> tuple[type[DecodedSplit], tuple[Benchmark, str, Path, str]]:
+        return type(self), (self.benchmark, self.split, self.root, self.features)
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -167,7 +224,12 @@ class DecodedSplit:
         `rehearsed` [B]; `tables` [B 256] uint8: per sample its benchmark id -> visible label (see `renumbering`). Frames that
         are padded or not annotated get IGNORE. KeyError for an unknown sample, ValueError for lists of unequal length.
         """
-        records = [self._record(self._position[sample_id]) for sample_id in sample_ids]
+        positions = [self._position[sample_id] for sample_id in sample_ids]
+        records = [self._record(position) for position in positions]
+        heard = None
+        if self.features:
+            kept = [self._record(position, self.features)["audio_feature"] for position in positions]
+            heard = torch.from_numpy(np.stack(kept).astype(np.float32, copy=False))
         frames, size = self.benchmark.frames, self.benchmark.image_size_px
         image = np.empty((len(records), frames, 3, size, size), np.uint8)
         audio = np.empty((len(records), frames, NUM_FRAMES, NUM_BINS), np.float32)
@@ -188,24 +250,25 @@ class DecodedSplit:
             real_frame=torch.from_numpy(real),
             labelled_frame=torch.from_numpy(labelled),
             rehearsed=torch.tensor(list(rehearsed), dtype=torch.bool),
+            audio_feature=heard,
         )
 
     @cached_property
     def _folder(self) -> Path:
         return cache_folder(self.benchmark, self.split, self.root)
 
-    def _record(self, position: int) -> np.void:
+    def _record(self, position: int, features: str = "") -> np.void:
         if not 0 <= position < len(self):
             raise IndexError(f"split {self.split!r} has {len(self)} clips, asked for position {position}")
         block, row = divmod(position, BLOCK_CLIPS)
-        if block not in self._opened:
-            self._opened[block] = self._open(block)
-        return self._opened[block][row]  # type: ignore[no-any-return]
+        if (block, features) not in self._opened:
+            self._opened[block, features] = self._open(block, features)
+        return self._opened[block, features][row]  # type: ignore[no-any-return]
 
-    def _open(self, block: int) -> np.ndarray:
+    def _open(self, block: int, features: str) -> np.ndarray:
         if not self.benchmark.cached:
             return _records(self.benchmark, self.split, _blocks(self.benchmark, self.split)[block])
-        path = _block_path(self._folder, block)
+        path = _block_path(self._folder, block, features)
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
         except (OSError, ValueError) as error:
@@ -218,13 +281,18 @@ def _blocks(benchmark: Benchmark, split: str) -> list[range]:
     return [range(start, min(start + BLOCK_CLIPS, count)) for start in range(0, count, BLOCK_CLIPS)]
 
 
-def _block_path(folder: Path, block: int) -> Path:
-    return folder / f"clips-v{FORMAT_VERSION}-{block:05d}.npy"
+def _block_path(folder: Path, block: int, features: str = "") -> Path:
+    return folder / f"{features or f'clips-v{FORMAT_VERSION}'}-{block:05d}.npy"
 
 
 def _write_job(benchmark: Benchmark, root: str, job: Job) -> None:
     split, block = job
     write_block(benchmark, split, block, root)
+
+
+def _feature_job(benchmark: Benchmark, root: str, weights: str, job: Job) -> None:
+    split, block = job
+    write_features(benchmark, split, block, root, weights)
 
 
 def _records(benchmark: Benchmark, split: str, positions: Sequence[int]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Audio encoders: one second of log-mel spectrogram -> one vector. Light ones of our own, trained with the rest.
+"""Audio encoders: one second of log-mel spectrogram -> one vector. Light ones of our own, trained with the rest, and VGGish.
 
 To add an encoder: write a module [n 96 64] -> [n audio_dim] and name it in AUDIO_ENCODERS.
 """
@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from cavs_model.errors import unknown
+from cavs_model.errors import InputError, unknown
+from cavs_model.networks.vggish import AUDIO_DIM, FrozenVGGish
 
 
 class LogMelCNN(nn.Module):
@@ -43,10 +44,20 @@ def _tiny(audio_dim: int) -> nn.Module:
 
 
 AUDIO_ENCODERS: Mapping[str, Callable[[int], nn.Module]] = {"log_mel_cnn": LogMelCNN, "tiny": _tiny}
+VGGISH = "vggish"
 
 
-def build_audio_encoder(name: str, audio_dim: int) -> nn.Module:
-    """The encoder of that name with outputs [n audio_dim]. InputError for an unknown name."""
+def build_audio_encoder(name: str, audio_dim: int, weights: str = "none") -> nn.Module:
+    """The encoder of that name with outputs [n audio_dim]; `weights` is vggish's file, "none" for every other encoder.
+
+    InputError for an unknown name, weights for an encoder that takes none, and vggish with another audio_dim than 128.
+    """
+    if name == VGGISH:
+        if audio_dim != AUDIO_DIM:
+            raise InputError(f"audio_dim must be {AUDIO_DIM} with audio_encoder 'vggish', got {audio_dim}")
+        return FrozenVGGish(weights)
     if name not in AUDIO_ENCODERS:
-        raise unknown("audio encoder", name, AUDIO_ENCODERS)
+        raise unknown("audio encoder", name, (*AUDIO_ENCODERS, VGGISH))
+    if weights != "none":
+        raise InputError(f'audio_weights must be "none" with audio_encoder {name!r}, which is trained; got {weights!r}')
     return AUDIO_ENCODERS[name](audio_dim)

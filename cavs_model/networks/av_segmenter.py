@@ -7,21 +7,31 @@ computed; the paper's release computes padding too, which costs time and shifts 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from cavs_model.errors import InputError, unknown
-from cavs_model.networks.audio_encoders import build_audio_encoder
+from cavs_model.networks.audio_encoders import VGGISH, build_audio_encoder
 from cavs_model.networks.decoder import Decoder
 from cavs_model.networks.fusion import TPAVI, DilatedSum, RealFrames
 from cavs_model.networks.growing_classifier import GrowingClassifier
+from cavs_model.networks.vggish import FrozenVGGish
 from cavs_model.networks.visual_encoders import build_visual_encoder
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Batch, Prediction
+
+Modalities = Literal["both", "picture", "sound"]
+MODALITIES = ("both", "picture", "sound")
+MID_GREY = 128
 
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """The shape of a network and where its first weights come from. AVSBench's is width 256; 64 is ours, for light training.
+    """The shape of a network and where its weights come from. AVSBench's is resnet50 or pvt_v2_b5 with vggish, width 256.
+
+    The defaults are ours, for light training. `modalities` makes references for results: "picture" builds the audio-visual
+    network without hearing, like the visual-only one; "sound" shows it mid-grey in place of the picture.
 
     InputError for sizes that make no network. Encoder names and weight files are checked when the network is built.
     """
@@ -29,9 +39,11 @@ class NetworkConfig:
     visual_encoder: str = "efficientnet_lite0"
     visual_weights: str = "imagenet"  # "imagenet", "none" (random) or the path of a state_dict
     audio_encoder: str = "log_mel_cnn"
+    audio_weights: str = "none"  # of vggish alone, which is never trained: the path of its state_dict, "none" is random
     audio_dim: int = 128
     width: int = 64  # channels of the fused maps and of the decoder
     dilations: tuple[int, ...] = (3, 6, 12, 18)
+    modalities: Modalities = "both"  # what the audio-visual network perceives
 
     def __post_init__(self) -> None:
         if self.width < 2 or self.width % 2:
@@ -40,6 +52,13 @@ class NetworkConfig:
             raise InputError(f"audio_dim must be positive, got {self.audio_dim}")
         if not self.dilations or min(self.dilations) < 1:
             raise InputError(f"dilations must be one or more positive numbers, got {self.dilations}")
+        if self.modalities not in MODALITIES:
+            raise unknown("modalities", self.modalities, MODALITIES)
+
+    @property
+    def frozen_sound(self) -> str | None:
+        """The weights of the sound network that is never trained, so that its answers can be kept; None where there is none."""
+        return self.audio_weights if self.audio_encoder == VGGISH and self.modalities != "picture" else None
 
     @property
     def inner_channels(self) -> int:
@@ -64,10 +83,18 @@ class AVSegmenter(nn.Module):
         super().__init__()
         if network not in (AUDIO_VISUAL, VISUAL_ONLY):
             raise unknown("network", network, (AUDIO_VISUAL, VISUAL_ONLY))
-        hears = network == AUDIO_VISUAL
+        if network == VISUAL_ONLY and config.modalities == "sound":
+            raise InputError(
+                'network.modalities = "sound" leaves the visual-only network nothing to perceive; choose "both" or "picture", '
+                "or a method without that network"
+            )
+        hears = network == AUDIO_VISUAL and config.modalities != "picture"
+        self.sees = config.modalities != "sound"
         width = config.width
         self.visual_encoder = build_visual_encoder(config.visual_encoder, config.visual_weights)
-        self.audio_encoder = build_audio_encoder(config.audio_encoder, config.audio_dim) if hears else None
+        self.audio_encoder = (
+            build_audio_encoder(config.audio_encoder, config.audio_dim, config.audio_weights) if hears else None
+        )
         self.reduce = nn.ModuleList(DilatedSum(channels, width, config.dilations) for channels in self.visual_encoder.channels)
         self.fuse = nn.ModuleList(
             TPAVI(width, config.inner_channels, config.audio_dim if hears else None) for _ in self.visual_encoder.channels
@@ -81,10 +108,9 @@ class AVSegmenter(nn.Module):
         InputError where a picture's side is not a multiple of 32 pixels, ValueError where no frame of the batch is real.
         """
         frames = RealFrames.of(batch.real_frame)
-        audio: Tensor | None = None
-        if self.audio_encoder is not None:
-            audio = self.audio_encoder(frames.select(batch.audio))
-        maps = self.visual_encoder(frames.select(batch.image))
+        image = frames.select(batch.image)
+        maps = self.visual_encoder(image if self.sees else torch.full_like(image, MID_GREY))
+        audio = self._heard(batch, frames)
         reduced = [reduce(item) for item, reduce in zip(maps, self.reduce, strict=True)]
         fused = [fuse(item, frames, audio) for item, fuse in zip(reduced, self.fuse, strict=True)]
         decoded, head = self.decoder(fused)
@@ -95,7 +121,35 @@ class AVSegmenter(nn.Module):
             encoder=tuple(frames.scatter(item) for item in reduced),
         )
 
+    def _heard(self, batch: Batch, frames: RealFrames) -> Tensor | None:
+        """One vector of sound for each real frame [n A]: kept ones where the encoder is frozen and the batch has them."""
+        if self.audio_encoder is None:
+            return None
+        if batch.audio_feature is not None and isinstance(self.audio_encoder, FrozenVGGish):
+            return frames.select(batch.audio_feature)
+        heard: Tensor = self.audio_encoder(frames.select(batch.audio))
+        return heard
+
 
 def build(config: NetworkConfig, num_classes: int, network: str) -> AVSegmenter:
-    """A new network for `num_classes` classes (background included), initialised from torch's current random state."""
-    return AVSegmenter(config, num_classes, network)
+    """A new network for `num_classes` classes (background included), initialised from torch's current random state.
+
+    InputError for weight files that are missing or do not fit.
+    """
+    model = AVSegmenter(config, num_classes, network)
+    if isinstance(model.audio_encoder, FrozenVGGish):
+        model.audio_encoder.identify()
+    return model
+
+
+def check_weights(config: NetworkConfig) -> None:
+    """Downloads and reads the first weights of a network, so that what is wrong with them is told before hours are spent.
+
+    InputError for weight files that are missing, cannot be downloaded or do not fit. torch's random state stays.
+    """
+    with torch.random.fork_rng(devices=[]):
+        build_visual_encoder(config.visual_encoder, config.visual_weights)
+        if config.modalities != "picture":
+            encoder = build_audio_encoder(config.audio_encoder, config.audio_dim, config.audio_weights)
+            if isinstance(encoder, FrozenVGGish):
+                encoder.identify()

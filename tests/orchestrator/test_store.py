@@ -53,7 +53,7 @@ class FakeBackend:
     asked: list = dataclasses.field(default_factory=list)
     fail: BaseException | None = None
 
-    def prepare(self, benchmark, splits):
+    def prepare(self, benchmark, splits, audio_weights=None):
         self.asked.append(("prepare", benchmark.name, tuple(splits)))
         return "cache"
 

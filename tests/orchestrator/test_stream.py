@@ -48,9 +48,9 @@ class Watched:
     backend: object
     asked: list = field(default_factory=list)  # (verb, job, address)
 
-    def prepare(self, benchmark, splits):
+    def prepare(self, benchmark, splits, audio_weights=None):
         self.asked.append(("prepare", tuple(splits), ""))
-        return self.backend.prepare(benchmark, splits)
+        return self.backend.prepare(benchmark, splits, audio_weights)
 
     def train(self, jobs):
         self.asked.extend(("train", job, train_key(job)) for job in jobs)

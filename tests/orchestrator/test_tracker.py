@@ -303,7 +303,7 @@ def test_a_class_without_truth_is_null():
 class Canned:
     """A backend that trains nothing and knows its counts beforehand."""
 
-    def prepare(self, benchmark, splits):
+    def prepare(self, benchmark, splits, audio_weights=None):
         return ""
 
     def train(self, jobs):
