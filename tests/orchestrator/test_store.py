@@ -382,6 +382,7 @@ DATA_CHANGES = [
     ("data.benchmark", Tones(), False),
     ("data.learned_order", TONES.class_names()[::-1], True),
     ("data.cache", "elsewhere", False),
+    ("data.audio_features", "vggish-v1-0", False),  # follow from the network's configuration
     ("label", "trial 9", False),
     ("precision", "bf16", True),
 ]
@@ -411,6 +412,7 @@ TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.ite
         ("config.audio_dim", 32, True),
         ("config.width", 32, True),
         ("config.dilations", (1,), True),
+        ("config.modalities", "picture", True),
         ("schedule.epochs", 31, True),
         ("schedule.base_epochs", 31, False),
         ("schedule.batch_size", 8, True),
@@ -474,6 +476,19 @@ def test_first_weights_count_by_their_content(tmp_path):
         (tmp_path / name).write_bytes(content)
         keys.append(train_key(changed(BASE_JOB, "config.visual_weights", str(tmp_path / name))))
     assert keys[0] == keys[1] != keys[2]
+
+
+@pytest.mark.parametrize("job", [BASE_JOB, JOB], ids=["base", "later"])
+def test_frozen_weights_count_by_their_content_in_every_task(job, tmp_path):
+    job = changed(changed(job, "config.audio_encoder", "vggish"), "config.audio_weights", "none")
+    keys = [train_key(job)]
+    for name, content in (("a.pt", b"1"), ("b.pt", b"1"), ("b.pt", b"22")):
+        (tmp_path / name).write_bytes(content)
+        keys.append(train_key(changed(job, "config.audio_weights", str(tmp_path / name))))
+    assert keys[1] == keys[2]
+    assert len(set(keys)) == 3
+    with pytest.raises(InputError, match=r"audio_weights: cannot read .*absent"):
+        train_key(changed(job, "config.audio_weights", str(tmp_path / "absent.pt")))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from cavs_model import checkpoint
 from cavs_model.datasets.tones import Tones
+from cavs_model.errors import InputError
 from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob, evaluate, score_samples
 from cavs_model.methods.cmr import CMR
 from cavs_model.methods.eir import EIR
@@ -21,9 +22,11 @@ from cavs_model.methods.joint import Joint
 from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay
 from cavs_model.networks.av_segmenter import NetworkConfig
+from cavs_model.networks.vggish import FrozenVGGish, feature_name
 from cavs_model.scenario import Scenario
 from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, ScoreTable
+from orchestrator import local_backend
 from orchestrator.experiment import Experiment, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key
@@ -444,3 +447,45 @@ def test_golden_numbers(tmp_path):
     assert later[-1]["pod_logits"] == pytest.approx(0.0316, rel=0.2)
     assert last.metrics()["val/miou/all"] == pytest.approx(0.247, abs=0.04)
     assert last.metrics()["val/miou/old"] == pytest.approx(0.412, abs=0.06)
+
+
+class StoredTones(Tones):
+    """Tones that are kept on disk, so that what a frozen network says of them can be kept too."""
+
+    @property
+    def cached(self):
+        return True
+
+
+def test_a_frozen_sound_network_runs_before_the_stream_and_never_in_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(local_backend, "_pool_map", map)
+    monkeypatch.setattr(FrozenVGGish, "forward", lambda *_: pytest.fail("VGGish ran"))
+    experiment = replace(
+        EXPERIMENT,
+        benchmark=StoredTones(num_classes=4, train_clips=16, val_clips=8, test_clips=8),
+        network=replace(EXPERIMENT.network, audio_encoder="vggish", audio_dim=128),
+    )
+    found = run(experiment, tmp_path)
+    assert len(found.outcomes) == 3
+    assert {job.data.audio_features for job in found.jobs("train")} == {feature_name("none")}
+    sizes = [file.stat().st_size for file in tmp_path.glob("store/networks/*/weights.safetensors")]
+    assert len(sizes) == 5
+    assert max(sizes) < 10**6  # VGGish has 288 MB
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"visual_weights": "absent.pth"}, "visual_weights: no file 'absent.pth'"),
+        (
+            {"audio_encoder": "vggish", "audio_dim": 128, "audio_weights": "absent.pth"},
+            "audio_weights: cannot read 'absent.pth'",
+        ),
+    ],
+    ids=["visual", "audio"],
+)
+def test_missing_weights_are_told_before_anything_is_prepared(change, message):
+    watched = Watched(None)
+    with pytest.raises(InputError, match=message):
+        next(run_stream(replace(EXPERIMENT, network=replace(EXPERIMENT.network, **change)), 0, watched))
+    assert watched.asked == []
