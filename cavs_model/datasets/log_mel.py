@@ -3,6 +3,10 @@
 The numbers are those of the VGGish front end (Hershey et al., "CNN architectures for large-scale audio classification", 2017),
 so that its released weights apply: 16 kHz mono, windows of 25 ms every 10 ms, periodic Hann, FFT of 512, magnitude, 64 HTK mel
 bins between 125 and 7500 Hz whose triangles are straight on the mel axis, log(mel + 0.01).
+
+Where the sources disagree, and what is done here:
+- AVSBench's code cuts the spectrogram of the whole recording into examples of 0.96 s without a gap, so that example k begins
+  0.04 k s before the second of its picture. Here each second is cut for itself and every example begins with its picture's.
 """
 
 from __future__ import annotations

@@ -169,8 +169,8 @@ def _pad_inside(conv: Any) -> None:
 class ResNet50(VisualEncoder):
     """torchvision's ResNet-50 without its head; the maps are the outputs of layer1 to layer4.
 
-    "imagenet" is torchvision's IMAGENET1K_V1, the training recipe of the papers, kept where torch keeps its downloads
-    (TORCH_HOME). A weight file has torchvision's names.
+    "imagenet" is torchvision's IMAGENET1K_V1, kept where torch keeps its downloads (TORCH_HOME). AVSBench starts from
+    torchvision's older file resnet50-19c8e357.pth, which can be given by path, as any file with torchvision's names.
     """
 
     channels = (256, 512, 1024, 2048)
