@@ -2,6 +2,10 @@
 
 The CMR paper's release uses it on all four levels in mode "dot", each after a sum of dilated convolutions; its visual-only
 network puts the picture in place of the sound. Padded frames are taken out before any of this (`RealFrames`).
+
+Where the sources disagree, and what is done here:
+- AVSBench's code cuts clips of 10 frames into two of 5 before the attention. Here a clip is attended to as a whole, whatever
+  its length; for clips of 5 frames it is the same.
 """
 
 from __future__ import annotations
