@@ -22,7 +22,7 @@ from cavs_model.networks.av_segmenter import NetworkConfig, build
 from cavs_model.networks.visual_encoders import build_visual_encoder, download
 from cavs_model.types import AUDIO_VISUAL
 
-AVSBENCH = NetworkConfig(visual_encoder="resnet50", visual_weights="none", width=256, audio_dim=128)
+AVSBENCH = NetworkConfig("resnet50", visual_weights="none", audio_encoder="vggish", audio_dim=128, width=256)
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
