@@ -1,8 +1,10 @@
 """From a class order and a setting such as "16-8" to the list of tasks.
 
 Settings and filters are those of class-incremental segmentation (PLOP; CMR, section 4): "16-8" learns 16 classes first and 8
-more in each later task. A training video belongs to a task if any of its sounding classes is current (overlapped), if
-moreover none is a future class (disjoint), or like disjoint with the labels of old classes kept (sequential).
+more in each later task. "24", the number of all classes, learns them in one task: joint training in a single step, for
+reference, and the only setting of a benchmark with one class. A training video belongs to a task if any of its sounding
+classes is current (overlapped), if moreover none is a future class (disjoint), or like disjoint with the labels of old classes
+kept (sequential).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ class Scenario:
     of all class names. InputError for an impossible setting, order or filter comes from `tasks` and `learned_order`.
     """
 
-    setting: str = "16-8"  # classes of the base task - classes of every later one
+    setting: str = "16-8"  # classes of the base task - classes of every later one; or the number of all classes
     order: str = "alphabetical"
     filter: str = "overlapped"
     order_seed: int = 0
@@ -58,13 +60,15 @@ class Scenario:
     def class_counts(self, benchmark: Benchmark) -> tuple[int, ...]:
         """Foreground classes that each task adds, such as (16, 4, 4)."""
         total = len(benchmark.class_names())
+        if self.setting == str(total):
+            return (total,)
         match = re.fullmatch(r"(\d+)-(\d+)", self.setting)
         base, step = (int(match[1]), int(match[2])) if match else (0, 0)
         if base < MIN_CLASSES or step < MIN_CLASSES or base >= total or (total - base) % step:
             usual = ", ".join(benchmark.settings())
             raise InputError(
                 f"scenario.setting {self.setting!r} does not divide the {total} classes of {benchmark.name}; "
-                f'write "BASE-STEP" with {total} - BASE a multiple of STEP, for example: {usual}'
+                f'write "BASE-STEP" with {total} - BASE a multiple of STEP, or "{total}" for one task, for example: {usual}'
             )
         return (base, *[step] * ((total - base) // step))
 

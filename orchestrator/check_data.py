@@ -16,7 +16,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TextIO, get_args
 
-from cavs_model.datasets.avsbench import AVSBench, Problem, Subset, Video, read_quarantine, write_quarantine
+from cavs_model.datasets import avsbench, avsbench_object
+from cavs_model.datasets.avsbench import AVSBench
+from cavs_model.datasets.avsbench_object import AVSBenchObject
+from cavs_model.datasets.clip_files import Problem, Video, VideoFolder, read_quarantine, write_quarantine
 from cavs_model.errors import InputError
 from orchestrator import cli
 from orchestrator.progress import clock
@@ -24,6 +27,7 @@ from orchestrator.progress import clock
 LINE_SECONDS = 5.0
 PROBLEMS_STATUS = 1
 CHUNK_VIDEOS = 8
+SEMANTIC, OBJECT = get_args(avsbench.Subset), get_args(avsbench_object.Subset)
 
 Check = Callable[[Video], tuple[Problem, ...]]
 
@@ -66,10 +70,13 @@ def check_data() -> int:
     """The verb."""
     made = argparse.ArgumentParser(
         prog="python -m orchestrator.check_data",
-        description="Read every file of an AVSBench-semantic folder and list what is wrong. Status 1 where something is.",
+        description="Read every file of an AVSBench folder and list what is wrong. Status 1 where something is.",
     )
-    made.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds metadata.csv")
-    made.add_argument("--subset", choices=get_args(Subset), default="ci", help="the videos to read (%(default)s)")
+    made.add_argument("root", type=Path, metavar="ROOT", help="the folder that holds metadata.csv, or the table of s4 or ms3")
+    made.add_argument(
+        "--subset", choices=(*SEMANTIC, *OBJECT), default="ci",
+        help="the videos to read: ci, cis, cim of AVSBench-semantic, s4, ms3 of AVSBench-object (%(default)s)",
+    )  # fmt: skip
     made.add_argument(
         "--quarantine", type=Path, metavar="FILE",
         help="write the uids of videos with problems to FILE, for --set benchmark.quarantine=FILE",
@@ -78,7 +85,8 @@ def check_data() -> int:
     arguments = made.parse_args()
     if not 1 <= arguments.processes <= 256:
         raise InputError(f"--processes must be from 1 to 256, got {arguments.processes}")
-    benchmark = AVSBench(root=_absolute(arguments.root), subset=arguments.subset)
+    kind: type[AVSBench] | type[AVSBenchObject] = AVSBenchObject if arguments.subset in OBJECT else AVSBench
+    benchmark: VideoFolder = kind(root=_absolute(arguments.root), subset=arguments.subset)
     target = None if arguments.quarantine is None else Path(_absolute(arguments.quarantine))
     if target is not None:
         _check_target(target)

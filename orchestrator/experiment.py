@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import inspect
 import json
 import pkgutil
 import types
@@ -116,7 +117,8 @@ def members(package: types.ModuleType, base: type) -> dict[str, type]:
             continue
         module = importlib.import_module(f"{package.__name__}.{info.name}")
         for value in vars(module).values():
-            if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__:
+            defined = isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
+            if defined and not inspect.isabstract(value):
                 found[info.name] = value
     return found
 

@@ -15,18 +15,10 @@ import soundfile
 from PIL import Image
 from test_scenario import METADATA, PUBLISHED, SAMPLE_CSV, SAMPLE_SIZES, VIDEOS, sizes
 
-from cavs_model.datasets import avsbench
-from cavs_model.datasets.avsbench import (
-    CLASS_NAMES,
-    CO_OCCURRING,
-    AVSBench,
-    Problem,
-    class_ids,
-    palette,
-    read_quarantine,
-    write_quarantine,
-)
+from cavs_model.datasets import clip_files
+from cavs_model.datasets.avsbench import CLASS_NAMES, CO_OCCURRING, AVSBench, class_ids, palette
 from cavs_model.datasets.cache import build, open_split
+from cavs_model.datasets.clip_files import Problem, read_quarantine, write_quarantine
 from cavs_model.datasets.log_mel import log_mel
 from cavs_model.errors import InputError
 from cavs_model.evaluate import Data
@@ -566,10 +558,10 @@ def test_fingerprint_follows_content_sizes_and_fields_but_not_the_place(tree, ow
     frame = own / "v1m/tall_m/frames/0.jpg"
     frame.write_bytes(frame.read_bytes() + b"\0")
     assert bench(own).fingerprint() == before  # looked up once in a process
-    avsbench._fingerprint.cache_clear()
+    clip_files._fingerprint.cache_clear()
     changed = bench(own).fingerprint()
     frame.unlink()
-    avsbench._fingerprint.cache_clear()
+    clip_files._fingerprint.cache_clear()
     gone = bench(own).fingerprint()
     (own / "metadata.csv").write_text((own / "metadata.csv").read_text() + "\n")
     assert len({before, changed, gone, bench(own).fingerprint()}) == 4

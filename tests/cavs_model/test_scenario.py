@@ -149,6 +149,7 @@ def test_the_few_rows_written_here_are_cut_as_counted_by_hand(tmp_path):
         (Collage(), "16-8", [17, 8]),
         (Collage(), "16-4", [17, 4, 4]),
         (Collage(), "20-1", [21, 1, 1, 1, 1]),
+        (Collage(), "24", [25]),
         (Rows(), "60-10", [61, 10]),
         (Rows(), "60-5", [61, 5, 5]),
         (Rows(), "65-1", [66, 1, 1, 1, 1, 1]),
@@ -173,13 +174,25 @@ def test_usual_settings_make_tasks_that_follow_one_another(benchmark):
         assert [len(task.new_classes) for task in tasks] == list(scenario.class_counts(benchmark))
 
 
-@pytest.mark.parametrize("setting", ["16-7", "24-1", "25-1", "0-8", "16-0", "16", "16-", "16-8-8", "-16-8", "all", ""])
+@pytest.mark.parametrize(
+    "setting", ["16-7", "24-1", "25-1", "0-8", "16-0", "16", "25", "024", "24-0", "16-", "16-8-8", "-16-8", "all", ""]
+)
 def test_impossible_settings_are_named(setting):
     with pytest.raises(InputError) as caught:
         Scenario(setting).tasks(Collage())
     assert repr(setting) in str(caught.value)
     assert "16-8" in str(caught.value)
     assert "24 classes of collage" in str(caught.value)
+    assert '"24" for one task' in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FILTERS)
+def test_all_classes_in_one_task_are_every_sample_with_all_its_labels(kind):
+    scenario = Scenario("5", order="reversed", filter=kind)
+    (task,) = scenario.tasks(TONES)
+    assert task.train == scenario.samples(TONES, "train")
+    assert (task.is_base, task.num_old, task.num_classes, list(task.new_classes)) == (True, 0, 6, [1, 2, 3, 4, 5])
+    assert set(task.train_rule.table()[: task.num_classes]) == set(range(6))
 
 
 def test_unknown_names_are_named():

@@ -108,6 +108,25 @@ def test_a_subset_reads_its_own_videos(root, check):
     assert "unicorn" in out  # a malformed row concerns every subset
 
 
+def test_a_folder_of_avsbench_object_is_read_by_its_subset(tmp_path, check):
+    (tmp_path / "ms3_meta_data.csv").write_text("video_id,split\none,test\n")
+    for folder in ("visual_frames/one", "gt_masks/test/one", "audio_wav/test"):
+        (tmp_path / "ms3_data" / folder).mkdir(parents=True)
+    for t in range(1, 6):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"ms3_data/visual_frames/one/one.mp4_{t}.png")
+        Image.new("1", (32, 32)).save(tmp_path / f"ms3_data/gt_masks/test/one/one_{t}.png")
+    soundfile.write(tmp_path / "ms3_data/audio_wav/test/one.wav", np.zeros(80000), 16000)
+    assert check(tmp_path, "--subset", "ms3", processes=2)[0] == 0
+    (tmp_path / "ms3_data/gt_masks/test/one/one_5.png").unlink()
+    status, out, _ = check(tmp_path, "--subset", "ms3")
+    assert status == 1
+    assert out.splitlines()[1].split() == ["2", "one", "ms3_data/gt_masks/test/one/one_5.png", "is", "missing"]
+    status, _, err = check(tmp_path, "--subset", "s4")
+    assert status == 2
+    assert "cannot read" in err
+    assert "s4_meta_data.csv" in err
+
+
 def test_processes_find_the_same(root):
     damage(root)
     benchmark = AVSBench(root=str(root))

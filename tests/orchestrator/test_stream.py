@@ -1,6 +1,7 @@
 """The protocol on tones, without Ray: what is asked of the backend, what is shared between methods, and what comes out."""
 
 import dataclasses
+import json
 import pickle
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -29,8 +30,10 @@ from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, ScoreTable
 from orchestrator import local_backend
 from orchestrator.experiment import Experiment, override
 from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import planned_work
 from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key
 from orchestrator.stream import run_stream
+from orchestrator.tracker import record_of
 
 EXPERIMENT = Experiment(
     benchmark=Tones(num_classes=4, train_clips=16, val_clips=8, test_clips=8),
@@ -412,6 +415,25 @@ def test_metrics_have_a_name_for_every_split_and_group_of_classes(runs):
                 if counts[c].any()
             ]
             assert outcome.metrics()[f"{split}/miou/all"] == pytest.approx(np.mean(ious))
+
+
+@pytest.mark.parametrize("name", ["finetune", "cmr"])
+def test_all_classes_in_one_task_are_learned_evaluated_and_logged(folder, tmp_path, name):
+    whole = replace(EXPERIMENT, scenario=Scenario("4"), method=METHODS[name])
+    found = run(whole, folder, splits=("val", "test"))
+    (outcome,) = found.outcomes
+    assert [(job.network, job.start) for job in found.jobs("train")] == [(AUDIO_VISUAL, None)]
+    assert found.jobs("score") == []
+    assert outcome.is_last
+    assert not outcome.state.memory.rows
+    names = {f"{split}/{name}" for split in ("val", "test") for name in ("miou/all", "miou/old", "stream/average_miou")}
+    values = outcome.metrics() | outcome.diagnoses()
+    assert names <= set(values)
+    assert not any("/new" in name or "forgetting" in name or "backward" in name or "as_" in name for name in values)
+    record = record_of(outcome)
+    assert all(np.isfinite(value) for value in record.metrics.values())
+    json.dumps(record.artifacts, allow_nan=False)
+    assert len(planned_work(whole)) == 1
 
 
 def test_jobs_pickle(runs):
