@@ -21,7 +21,7 @@ from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import LocalWorker, device_for
 from orchestrator.experiment import Resources
-from orchestrator.progress import Observer, silent
+from orchestrator.progress import BlockNotes, Observer, silent
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class LocalBackend:
     observer: Observer = silent
 
     def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
-        cache.build(benchmark, splits, self.cache_root, _pool_map, audio_weights)
+        notes = BlockNotes(benchmark.name, self.observer)
+        cache.build(benchmark, splits, self.cache_root, _pool_map, audio_weights, notes)
         return str(self.cache_root)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:

@@ -51,6 +51,24 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600:02d}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+class BlockNotes:
+    """Tells an observer every few seconds how many blocks of a benchmark's clips are there, and once all are."""
+
+    def __init__(self, name: str, observer: Observer, now: Callable[[], float] = time.monotonic) -> None:
+        self._name, self._observer, self._now = name, observer, now
+        self._started = self._told = now()
+
+    def __call__(self, done: int, missing: int) -> None:
+        """`done` of the `missing` blocks were rendered or decoded."""
+        now = self._now()
+        if done == missing or now - self._told >= LINE_SECONDS:
+            self._told = now
+            left = clock((now - self._started) / done * (missing - done))
+            self._observer(
+                {"kind": "note", "text": f"{self._name}: {done} of {missing} missing blocks done, about {left} left"}
+            )
+
+
 @dataclass
 class Progress:
     """Prints events as lines and estimates the time left from the work done and still to be done.

@@ -36,7 +36,7 @@ from cavs_model.train import TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
-from orchestrator.progress import Event
+from orchestrator.progress import BlockNotes, Event, silent
 
 CONTROLLER_FAILURES = 3  # the default is unlimited: a fit that can never start would be tried for ever
 CHUNK_SECONDS = 1.0  # shorter Ray tasks cost more to hand out than to do
@@ -203,7 +203,8 @@ class RayBackend:
     mailbox: Any = None
 
     def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
-        cache.build(benchmark, splits, self.cache_root, self._map_blocks, audio_weights)
+        notes = BlockNotes(benchmark.name, silent if self.mailbox is None else self.mailbox.post.remote)
+        cache.build(benchmark, splits, self.cache_root, self._map_blocks, audio_weights, notes)
         return str(self.cache_root)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:

@@ -139,26 +139,27 @@ def build(
     root: str | Path,
     map_blocks: MapBlocks = map,
     audio_weights: str | None = None,
+    on_block: Callable[[int, int], None] = lambda done, missing: None,
 ) -> None:
     """Makes all that is missing of some splits: clips and, with `audio_weights`, vectors of sound (NetworkConfig.frozen_sound).
 
     `map_blocks(function, jobs)` calls a function, which pickles, on every job, in parallel or not: the built-in `map`, a
-    pool's, a cluster's. Does nothing for a benchmark that is not cached. InputError where the cache cannot be written.
+    pool's, a cluster's. `on_block(done, missing)` hears of every block that was missing when it is there, of clips first and
+    then of vectors. Does nothing for a benchmark that is not cached. InputError where the cache cannot be written.
     """
     if not benchmark.cached:
         return
     splits = list(splits)
-    name = (
-        "" if audio_weights is None else feature_name(audio_weights)
-    )  # first: a missing file is told before hours of decoding
+    # First of all: a missing file is told before hours of decoding.
+    name = "" if audio_weights is None else feature_name(audio_weights)
     jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root)]
-    for _ in map_blocks(partial(_write_job, benchmark, str(root)), jobs):
-        pass
+    for done, _ in enumerate(map_blocks(partial(_write_job, benchmark, str(root)), jobs), start=1):
+        on_block(done, len(jobs))
     if audio_weights is None:
         return
     jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root, name)]
-    for _ in map_blocks(partial(_feature_job, benchmark, str(root), audio_weights), jobs):
-        pass
+    for done, _ in enumerate(map_blocks(partial(_feature_job, benchmark, str(root), audio_weights), jobs), start=1):
+        on_block(done, len(jobs))
 
 
 def verify(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> None:

@@ -6,7 +6,10 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -15,9 +18,9 @@ import soundfile
 from PIL import Image
 from test_scenario import METADATA, PUBLISHED, SAMPLE_CSV, SAMPLE_SIZES, VIDEOS, sizes
 
-from cavs_model.datasets import clip_files
+from cavs_model.datasets import cache, clip_files
 from cavs_model.datasets.avsbench import CLASS_NAMES, CO_OCCURRING, AVSBench, class_ids, palette
-from cavs_model.datasets.cache import build, open_split
+from cavs_model.datasets.cache import build, cache_folder, missing_blocks, open_split
 from cavs_model.datasets.clip_files import Problem, read_quarantine, write_quarantine
 from cavs_model.datasets.log_mel import log_mel
 from cavs_model.errors import InputError
@@ -203,6 +206,37 @@ def test_the_stream_reads_it_through_the_cache(tree, tmp_path):
             assert set(batch.label[n][batch.labelled_frame[n]].unique().tolist()) == {0, *wanted}
     assert ids_of(benchmark, "test") == ["test_2", "test_m", "test_s"]  # sounds of no class count there
     assert [sample.classes for sample in benchmark.samples("test")] == [(), (41, 66), (41,)]
+
+
+KILLED = """
+import os, signal, sys
+from cavs_model.datasets import cache
+from cavs_model.datasets.avsbench import AVSBench
+cache.BLOCK_CLIPS = 2
+replace = os.replace
+def replaced(source, target):
+    if target.name.endswith("1.npy"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+cache.os.replace = replaced
+cache.build(AVSBench(root=sys.argv[1], image_size_px=32), ["train"], sys.argv[2])
+"""
+
+
+def test_decoding_goes_on_where_it_was_killed(tree, tmp_path, monkeypatch):
+    process = subprocess.run([sys.executable, "-c", KILLED, str(tree[0]), str(tmp_path)], check=False)
+    assert process.returncode == -signal.SIGKILL
+    monkeypatch.setattr(cache, "BLOCK_CLIPS", 2)
+    benchmark = bench(tree[0])
+    assert missing_blocks(benchmark, "train", tmp_path) == [1, 2]
+    (first,) = cache_folder(benchmark, "train", tmp_path).glob("*.npy")
+    written, told = first.stat().st_mtime_ns, []
+    build(benchmark, ["train"], tmp_path, on_block=lambda done, missing: told.append((done, missing)))
+    assert told == [(1, 2), (2, 2)]
+    assert first.stat().st_mtime_ns == written
+    read = open_split(benchmark, "train", tmp_path).read(range(5))
+    for item in dataclasses.fields(read):
+        np.testing.assert_array_equal(getattr(read, item.name), getattr(benchmark.render("train", range(5)), item.name))
 
 
 def ids_of(benchmark, split):

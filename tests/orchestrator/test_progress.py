@@ -14,7 +14,7 @@ from cavs_model.scenario import Scenario
 from cavs_model.train import TEACHER_COST, Schedule
 from orchestrator import progress as progress_module
 from orchestrator.experiment import Experiment
-from orchestrator.progress import Progress, clock, planned_work, silent, watched
+from orchestrator.progress import BlockNotes, Progress, clock, planned_work, silent, watched
 
 
 class Clock:
@@ -235,3 +235,15 @@ def test_a_watcher_raises_at_its_end_what_went_wrong(monkeypatch):
 
     with pytest.raises(OSError, match="gone"), watched(source, silent, lambda: None):
         time.sleep(0.05)
+
+
+def test_missing_blocks_are_told_every_few_seconds_and_at_the_end():
+    clock, told = iter([0.0, 2.0, 6.0, 8.0, 9.0]), []
+    notes = BlockNotes("set", told.append, now=lambda: next(clock))
+    for done in range(1, 5):
+        notes(done, 4)
+    assert [event["text"] for event in told] == [
+        "set: 2 of 4 missing blocks done, about 00:00:06 left",
+        "set: 4 of 4 missing blocks done, about 00:00:00 left",
+    ]
+    assert {event["kind"] for event in told} == {"note"}

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from cavs_model import checkpoint
-from cavs_model.datasets.cache import missing_blocks
+from cavs_model.datasets.cache import cache_folder, missing_blocks
 from cavs_model.datasets.collage import Collage
 from cavs_model.errors import InputError
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob
@@ -149,13 +149,23 @@ def test_what_a_method_keeps_is_the_same_bits_as_local(
     assert any(tensor.any() for tensor in ours.values())
 
 
-def test_clips_are_rendered_by_tasks(cluster: Cluster, tmp_path: Path) -> None:
+def test_clips_are_rendered_by_tasks_and_what_is_there_stays(cluster: Cluster, tmp_path: Path) -> None:
     benchmark = Collage(frames=1, image_size_px=48, train_clips=70, val_clips=48, test_clips=24)
     backend = ray_backend(tmp_path)
     assert len(missing_blocks(benchmark, "train", tmp_path / "data")) == 2
     backend.prepare(benchmark, ("train", "val"))
     assert not missing_blocks(benchmark, "train", tmp_path / "data")
     assert not missing_blocks(benchmark, "val", tmp_path / "data")
+    assert "collage: 3 of 3 missing blocks done, about 00:00:00 left" in [event["text"] for event in drain(backend.mailbox)]
+
+    first, second = sorted(cache_folder(benchmark, "train", tmp_path / "data").iterdir())
+    written = first.stat().st_mtime_ns
+    second.unlink()
+    backend.prepare(benchmark, ("train", "val"))
+    assert second.exists()
+    assert first.stat().st_mtime_ns == written
+    backend.prepare(benchmark, ("train", "val"))
+    assert [event["text"] for event in drain(backend.mailbox)] == ["collage: 1 of 1 missing blocks done, about 00:00:00 left"]
 
 
 def test_bad_input_in_a_worker_is_told_as_itself(
