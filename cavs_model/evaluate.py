@@ -6,7 +6,7 @@ Any shard of whole batches gives the same numbers as the whole pass: what a batc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +19,7 @@ from cavs_model.checkpoint import Checkpoint, read_method_state, save_method_sta
 from cavs_model.datasets.base import Benchmark
 from cavs_model.datasets.cache import DecodedSplit, open_split, renumbering
 from cavs_model.methods.base import Method
-from cavs_model.metrics import confusion
+from cavs_model.metrics import confusion, frame_sums
 from cavs_model.types import Batch, LabelRule, Network, Prediction, ScoreTable, Task
 from cavs_model.worker import Arithmetic, Precision, arithmetic, prefetch
 
@@ -64,7 +64,7 @@ class ScoreJob:
 
 @dataclass(frozen=True)
 class EvaluateJob:
-    """Pixel counts of a split under a rule, classes in learned ids."""
+    """Counts of a split under a rule, classes in learned ids: of all its pixels, or frame by frame."""
 
     split: str
     sample_ids: tuple[str, ...]
@@ -74,6 +74,7 @@ class EvaluateJob:
     batch_size: int
     precision: Precision
     label: str = ""
+    measure: Literal["pixels", "frames"] = "pixels"
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,14 @@ def score_samples(
 
 
 def evaluate(job: EvaluateJob, checkpoint: Checkpoint, sample_ids: Sequence[str], device: torch.device) -> np.ndarray:
-    """Confusion counts int64 [C C] (row = truth, column = prediction) over the labelled pixels of `sample_ids`."""
+    """Sums over `sample_ids`: confusion counts int64 [C C] (row = truth, column = prediction) of all labelled pixels.
+
+    Where the job measures frames, metrics.frame_sums int64 [C+1 3] instead.
+    """
     network = frozen(checkpoint.model(), arithmetic(job.precision, device))
     batches = passes(job.data.open(job.split), sample_ids, job.data.table(job.rule), job.batch_size, device)
-    return count(network, batches, job.num_classes, device).cpu().numpy()
+    measure = confusion if job.measure == "pixels" else frame_sums
+    return count(network, batches, job.num_classes, device, measure).cpu().numpy()
 
 
 def measure_samples(
@@ -151,11 +156,18 @@ def consolidate(job: ConsolidateJob, sums: Iterable[Mapping[str, np.ndarray]], p
     save_method_state(Path(job.output), job.method.consolidate(means, before))
 
 
-def count(network: Network, batches: Iterator[Batch], num_classes: int, device: torch.device) -> Tensor:
-    """Confusion counts int64 [C C] of a network over batches."""
-    counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+def count(
+    network: Network,
+    batches: Iterator[Batch],
+    num_classes: int,
+    device: torch.device,
+    measure: Callable[[Tensor, Tensor, int], Tensor] = confusion,
+) -> Tensor:
+    """Confusion counts int64 [C C] of a network over batches, or the sums of another measure of (prediction, label, C)."""
+    no_frame = torch.zeros(0, 1, 1, dtype=torch.int64, device=device)
+    counts = measure(no_frame, no_frame, num_classes)
     for batch in batches:
-        counts += confusion(network(batch).logits.argmax(dim=2), batch.label, num_classes)
+        counts += measure(network(batch).logits.argmax(dim=2), batch.label, num_classes)
     return counts
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from cavs_model.types import BACKGROUND, IGNORE
 
 F_BETA_SQUARED = 0.3  # beta^2 of AVSBench's F-score: precision counts for more than recall
+FRAME_UNIT = 2**32  # sums of fractions over frames are kept in whole parts of this size, so that they add up in any order
 
 
 def confusion(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
@@ -48,11 +49,11 @@ def f_score(counts: Tensor, beta_squared: float = F_BETA_SQUARED) -> Tensor:
     """F_c = (1 + beta^2) P R / (beta^2 P + R) per class, float64 [C]; NaN for a class without any pixel of truth.
 
     P = TP / (TP + FP) and R = TP / (TP + FN) over all pixels, so F_c = (1 + beta^2) TP / (beta^2 (TP + FN) + TP + FP), which
-    is 0 for a class that is never predicted. AVSBench takes F of every frame and averages over frames; no matrix tells that.
+    is 0 for a class that is never predicted. AVSBench takes F of every frame and averages over frames: see `frame_sums`.
     """
     hit = counts.diagonal().double()
     truth = counts.sum(1)
-    return torch.where(truth > 0, (1 + beta_squared) * hit / (beta_squared * truth + counts.sum(0)), torch.nan)
+    return torch.where(truth > 0, (1 + beta_squared) * hit / (beta_squared * truth.double() + counts.sum(0)), torch.nan)
 
 
 def summary(counts: Tensor, num_base: int) -> dict[str, float]:
@@ -169,8 +170,56 @@ def frame_ious(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
 
     prediction, label: as for `confusion`, [... H W] with at least one axis before H; those axes are the F frames.
     """
-    frames = zip(prediction.flatten(0, -3), label.flatten(0, -3), strict=True)
-    counts = torch.stack([confusion(said, true, num_classes) for said, true in frames])
+    return _ious(_frame_counts(prediction, label, num_classes))
+
+
+def frame_sums(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """What means over frames are made of, int64 [C+1 3]; adds up over any split of frames, exactly. Inputs as `frame_ious`.
+
+    Row c is over the frames in which class c is true or predicted: the sum of their IoU_c, of their F_c, and their number. The
+    last row is over the frames with a labelled pixel: the sums of the frame's mean IoU and mean F over the classes in it, and
+    their number. IoU and F are in units of 1 / FRAME_UNIT.
+    """
+    counts = _frame_counts(prediction, label, num_classes)
+    weighted = F_BETA_SQUARED * counts.sum(2).double() + counts.sum(1)
+    scores = (1 + F_BETA_SQUARED) * counts.diagonal(dim1=1, dim2=2).double() / weighted
+    per_frame = torch.stack([_ious(counts), scores], dim=2)  # [F C 2], NaN where a class is in neither map
+    with_mean = torch.cat([per_frame, per_frame.nanmean(1, keepdim=True)], dim=1)
+    counted = ~with_mean[..., 0].isnan()
+    sums = (with_mean.nan_to_num(0.0) * FRAME_UNIT).round().long().sum(0)
+    return torch.cat([sums, counted.sum(0)[:, None]], dim=1)
+
+
+def frame_summary(sums: Tensor) -> dict[str, float]:
+    """Means over frames by name, from the `frame_sums` of a split; a mean over nothing is left out, so no value is NaN.
+
+    "frame/miou/all", "frame/miou/foreground": per class the mean over the frames in which it is true or predicted, then over
+    the classes that are in any frame; "frame/miou/all_zero_absent": over all C classes, those in no frame as 0, as
+    AVSBench-semantic's code has it. "frame/f_score/..." likewise. "frame/miou/mean_of_frames" is `frame_miou`.
+    """
+    sums = sums.cpu()
+    means = sums[:, :2].double() / FRAME_UNIT / sums[:, 2:]
+    groups = {}
+    for measure, values in (("miou", means[:-1, 0]), ("f_score", means[:-1, 1])):
+        groups[f"frame/{measure}/all"] = values
+        groups[f"frame/{measure}/foreground"] = values[BACKGROUND + 1 :]
+        groups[f"frame/{measure}/all_zero_absent"] = values.nan_to_num(0.0) if sums[-1, 2] else values
+    return _means({**groups, "frame/miou/mean_of_frames": means[-1, 0]})
+
+
+def _frame_counts(prediction: Tensor, label: Tensor, num_classes: int) -> Tensor:
+    """`confusion` of every frame, int64 [F C C]."""
+    said, true = prediction.flatten(0, -3).long(), label.flatten(0, -3).long()
+    counted = true != IGNORE
+    if bool((torch.maximum(said, true)[counted] >= num_classes).any()):
+        raise ValueError(f"frames: labels or predictions beyond the {num_classes} classes")
+    first = torch.arange(len(true), device=true.device).view(-1, 1, 1) * num_classes
+    counts = torch.bincount(((first + true) * num_classes + said)[counted], minlength=len(true) * num_classes**2)
+    return counts.view(-1, num_classes, num_classes)
+
+
+def _ious(counts: Tensor) -> Tensor:
+    """IoU of matrices [F C C], float64 [F C]; NaN for a class that is in neither map."""
     hit = counts.diagonal(dim1=1, dim2=2)
     return hit.double() / (counts.sum(1) + counts.sum(2) - hit)
 

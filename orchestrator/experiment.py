@@ -60,6 +60,7 @@ class Experiment:
     method: Method = field(default_factory=CMR)
     schedule: Schedule = field(default_factory=Schedule)
     precision: Precision = "auto"  # bf16 where the hardware has it
+    per_frame: bool = False  # means over frames too, as AVSBench has them: a second pass over every split evaluated
     seeds: tuple[int, ...] = (0,)  # one stream each
     init_seed: int | None = None  # None: the stream's seed, here and in the next two
     data_seed: int | None = None

@@ -75,8 +75,11 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
 
 
 def mean_over_seeds(outcomes: tuple[TaskOutcome, ...]) -> dict[str, Any]:
-    """Mean of every metric over the seeds under its own name, and its spread (standard deviation) under "<name>/std"."""
-    metrics = [outcome.metrics() for outcome in outcomes]
+    """Mean of every metric over the seeds under its own name, and its spread (standard deviation) under "<name>/std".
+
+    Diagnoses are among them; which names there are follows from the labels alone, so all seeds have the same.
+    """
+    metrics = [outcome.metrics() | outcome.diagnoses() for outcome in outcomes]
     report: dict[str, Any] = {}
     for name in metrics[0]:
         values = [of_seed[name] for of_seed in metrics]

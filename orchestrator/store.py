@@ -138,6 +138,7 @@ def evaluate_key(job: EvaluateJob, path: str) -> str:
         "counts",
         {
             "split": job.split,
+            "measure": job.measure,
             "samples": job.sample_ids,
             "rule": job.rule,
             "num_classes": job.num_classes,

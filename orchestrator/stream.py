@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,7 @@ from cavs_model.datasets.base import Benchmark
 from cavs_model.datasets.cache import record_type
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.finetune import Finetune
-from cavs_model.metrics import diagnoses, stream_summary, summary
+from cavs_model.metrics import diagnoses, frame_summary, stream_summary, summary
 from cavs_model.networks.av_segmenter import check_weights
 from cavs_model.networks.vggish import feature_name
 from cavs_model.train import Seeds, TaskJob
@@ -41,7 +41,7 @@ class Backend(Protocol):
         """What the method keeps of the network in this directory, after what it kept before; the directory it lies in."""
 
     def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
-        """Confusion counts int64 [C C]."""
+        """Confusion counts int64 [C C]; where the job measures frames, metrics.frame_sums int64 [C+1 3]."""
 
     def about(self, checkpoint: str) -> About:
         """What a checkpoint says of itself."""
@@ -49,7 +49,10 @@ class Backend(Protocol):
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """Everything a task left behind. `counts` maps a split to its confusion counts int64 [C C]."""
+    """Everything a task left behind. `counts` maps a split to its confusion counts int64 [C C].
+
+    `frames` maps it to its metrics.frame_sums where the experiment asks for means over frames.
+    """
 
     seed: int
     task: Task
@@ -65,6 +68,7 @@ class TaskOutcome:
     memory_bytes: int
     first_epoch: int  # epochs of the tasks before: losses of all tasks form one curve
     earlier: tuple[Mapping[str, list[list[int]]], ...] = ()  # `counts` of the tasks before, as plain numbers
+    frames: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def is_last(self) -> bool:
@@ -88,6 +92,8 @@ class TaskOutcome:
         for split in self.counts:
             history = self.history(split)
             values = diagnoses(history[-1], self.num_base) | stream_summary(history)
+            if split in self.frames:
+                values |= frame_summary(torch.from_numpy(self.frames[split]))
             found |= {f"{split}/{name}": value for name, value in values.items()}
         return found
 
@@ -152,15 +158,17 @@ def run_stream(
             memory = method.remember(after, memory, task, chance(seeds, task, 1))
         state = State(checkpoints, memory, method_states)
 
-        counts = {}
+        counts, frames = {}, {}
         for split in splits:
             ids = tuple(sample.id for sample in benchmark.samples(split))
             job = EvaluateJob(split, ids, task.seen_rule, task.num_classes, *common, f"{name} {split}")
             counts[split] = backend.evaluate(job, checkpoints[AUDIO_VISUAL])
+            if experiment.per_frame:
+                frames[split] = backend.evaluate(replace(job, measure="frames"), checkpoints[AUDIO_VISUAL])
         yield TaskOutcome(
             seed, task, len(tasks), ("background", *order), tasks[0].num_classes, state, before, rehearsal, after,
             {network: backend.about(path) for network, path in checkpoints.items()}, counts,
-            memory_bytes(benchmark, memory), epochs, earlier,
+            memory_bytes(benchmark, memory), epochs, earlier, frames,
         )  # fmt: skip
         epochs += schedule.epochs_of(learned)
         earlier += ({split: found.tolist() for split, found in counts.items()},)

@@ -13,6 +13,7 @@ from cavs_model.datasets.cache import open_split
 from cavs_model.datasets.tones import Tones
 from cavs_model.evaluate import Data, EvaluateJob, ScoreJob, evaluate, frozen, passes, score_samples
 from cavs_model.methods.cmr import CMR
+from cavs_model.metrics import frame_sums
 from cavs_model.networks.av_segmenter import build
 from cavs_model.scenario import Scenario
 from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, ScoreTable
@@ -54,8 +55,9 @@ def shards(ids, batches):
 
 @pytest.mark.parametrize("benchmark", [PLAIN, AWKWARD], ids=["plain", "awkward"])
 @pytest.mark.parametrize("batches", [1, 2])
-def test_counts_are_the_same_however_they_are_shared(benchmark, batches):
-    job, model = job_of(benchmark), random_checkpoint(AUDIO_VISUAL, 5)
+@pytest.mark.parametrize("measure", ["pixels", "frames"])
+def test_counts_are_the_same_however_they_are_shared(benchmark, batches, measure):
+    job, model = replace(job_of(benchmark), measure=measure), random_checkpoint(AUDIO_VISUAL, 5)
     whole = evaluate(job, model, job.sample_ids, CPU)
     parts = [evaluate(job, model, part, CPU) for part in shards(job.sample_ids, batches)]
     assert len(parts) > 1
@@ -88,6 +90,18 @@ def test_counts_against_a_naive_loop_over_pixels(benchmark, split):
     assert counts.sum() == frames * 32 * 32
     if benchmark is AWKWARD:
         assert frames == (6 if split == "train" else 3 * 3 + 3 * 2)
+
+
+@pytest.mark.parametrize("benchmark", [PLAIN, AWKWARD], ids=["plain", "awkward"])
+def test_frames_are_measured_one_by_one(benchmark):
+    job, model = replace(job_of(benchmark, "train"), measure="frames"), random_checkpoint(AUDIO_VISUAL, 5)
+    split, table = open_split(benchmark, "train", ""), data(benchmark).table(job.rule)
+    batches = passes(split, job.sample_ids, table, BATCH_SIZE, CPU)
+    pairs = [(model.model()(batch).logits.argmax(2), batch.label) for batch in batches]
+    sums = evaluate(job, model, job.sample_ids, CPU)
+    assert np.array_equal(sums, sum(frame_sums(said, true, 5) for said, true in pairs).numpy())
+    assert sums[-1, 2] == benchmark.render("train", range(len(job.sample_ids))).labelled_frame.sum()
+    assert evaluate(job, model, (), CPU).tolist() == [[0, 0, 0]] * 6
 
 
 def test_future_classes_do_not_count():

@@ -18,6 +18,8 @@ from cavs_model.metrics import (
     forgetting,
     frame_ious,
     frame_miou,
+    frame_summary,
+    frame_sums,
     iou,
     numbers,
     stream_summary,
@@ -348,3 +350,46 @@ def test_frame_miou_of_scikit_learn():
         present = sorted({*pairs[0], *pairs[1]})
         means.append(jaccard_score(*pairs, labels=present, average="macro", zero_division=0))
     assert frame_miou(prediction, label, 5) == pytest.approx(fmean(means))
+
+
+def test_means_over_frames_against_loops():
+    prediction, label = scene(absent=(3,))
+    prediction[prediction == 3] = 0
+    label[1, 2] = IGNORE  # one frame does not count, and class 3 is nowhere
+    label[0, 0][label[0, 0] == 4], prediction[0, 0][prediction[0, 0] == 4] = 0, 0  # class 4 is not in every frame
+    prediction[0, 1][prediction[0, 1] == 2] = 0
+    label[0, 1][label[0, 1] == 2] = 1
+    prediction[0, 1, 0, 0], label[0, 1, 0, 0] = 2, 1  # class 2 is predicted there and never true
+    found = frame_summary(frame_sums(prediction, label, 5))
+    frames = list(zip(prediction.flatten(0, 1), label.flatten(0, 1), strict=True))
+    ious, scores, of_frames = {c: [] for c in range(5)}, {c: [] for c in range(5)}, []
+    for said, true in frames:
+        of_frame = []
+        for c in range(5):
+            hit, false, missed = outcomes(said, true, c)
+            if hit + false + missed:
+                of_frame.append(hit / (hit + false + missed))
+                ious[c].append(of_frame[-1])
+                scores[c].append(naive_f_score(said, true, c, 0.3) if hit else 0.0)
+        if of_frame:
+            of_frames.append(fmean(of_frame))
+    assert [len(ious[c]) for c in range(5)] == [5, 5, 5, 0, 4]
+    expected = {"frame/miou/mean_of_frames": fmean(of_frames)}
+    for name, values in (("miou", ious), ("f_score", scores)):
+        means = [fmean(values[c]) for c in (0, 1, 2, 4)]
+        expected[f"frame/{name}/all"] = fmean(means)
+        expected[f"frame/{name}/foreground"] = fmean(means[1:])
+        expected[f"frame/{name}/all_zero_absent"] = sum(means) / 5
+    assert found == pytest.approx(expected, abs=1e-8)
+    assert found["frame/miou/mean_of_frames"] == pytest.approx(frame_miou(prediction, label, 5), abs=1e-8)
+    assert found["frame/miou/all"] == pytest.approx(frame_ious(prediction, label, 5).nanmean(0).nanmean().item(), abs=1e-8)
+
+
+def test_sums_over_frames_add_up_and_nothing_labelled_is_nothing():
+    prediction, label = scene()
+    parts = [frame_sums(prediction[n], label[n], 5) for n in range(2)]
+    assert torch.equal(parts[0] + parts[1], frame_sums(prediction, label, 5))
+    assert frame_summary(frame_sums(prediction, torch.full_like(label, IGNORE), 5)) == {}
+    assert not frame_sums(prediction[:0], label[:0], 5).any()
+    with pytest.raises(ValueError, match="beyond the 3 classes"):
+        frame_sums(prediction % 3, label, 3)

@@ -545,6 +545,7 @@ def test_scores_depend_on_which_network_is_which_checkpoint():
         ("rule", TASK.current_rule, True),
         ("num_classes", 6, True),
         ("batch_size", 8, True),
+        ("measure", "frames", True),
     ],
 )
 def test_what_the_address_of_counts_depends_on(path, value, matters):

@@ -22,6 +22,7 @@ from cavs_model.methods.finetune import Finetune
 from cavs_model.methods.joint import Joint
 from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay
+from cavs_model.metrics import frame_summary
 from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.networks.vggish import FrozenVGGish, feature_name
 from cavs_model.scenario import Scenario
@@ -31,6 +32,7 @@ from orchestrator import local_backend
 from orchestrator.experiment import Experiment, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import planned_work
+from orchestrator.search import mean_over_seeds
 from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key
 from orchestrator.stream import run_stream
 from orchestrator.tracker import record_of
@@ -434,6 +436,33 @@ def test_all_classes_in_one_task_are_learned_evaluated_and_logged(folder, tmp_pa
     assert all(np.isfinite(value) for value in record.metrics.values())
     json.dumps(record.artifacts, allow_nan=False)
     assert len(planned_work(whole)) == 1
+
+
+def test_means_over_frames_are_measured_where_they_are_asked_for(runs, folder):
+    found = run(replace(EXPERIMENT, per_frame=True), folder, splits=("val", "test"))
+    assert found.addresses("train", 2) == runs["cmr"].addresses("train", 2)
+    assert [job.measure for job in found.jobs("evaluate")] == ["pixels", "frames"] * 6
+    for outcome, usual in zip(found.outcomes, runs["cmr"].outcomes, strict=True):
+        assert outcome.metrics() == usual.metrics()
+        more = outcome.diagnoses().keys() - usual.diagnoses().keys()
+        groups = {f"{name}/{group}" for name in ("miou", "f_score") for group in ("all", "foreground", "all_zero_absent")}
+        assert more == {f"{split}/frame/{name}" for split in ("val", "test") for name in {*groups, "miou/mean_of_frames"}}
+        for split, sums in outcome.frames.items():
+            assert sums.shape == (outcome.task.num_classes + 1, 3)
+            assert sums[-1, 2] == 8 * EXPERIMENT.benchmark.frames
+            assert outcome.diagnoses()[f"{split}/frame/miou/all"] == frame_summary(torch.from_numpy(sums))["frame/miou/all"]
+    assert all(not outcome.frames for outcome in runs["cmr"].outcomes)
+
+
+def test_a_trial_reports_means_of_metrics_and_diagnoses_over_seeds(runs, folder):
+    other = run(EXPERIMENT, folder, seed=1).outcomes[-1]
+    ours = run(EXPERIMENT, folder).outcomes[-1]
+    report = mean_over_seeds((ours, other))
+    for name in ("val/miou/all", "val/drift/old", "val/stream/forgetting", "val/confusion/old_as_new"):
+        values = [(outcome.metrics() | outcome.diagnoses())[name] for outcome in (ours, other)]
+        assert report[name] == pytest.approx(np.mean(values))
+        assert report[f"{name}/std"] == pytest.approx(np.std(values, ddof=1))
+    assert mean_over_seeds((ours,)) == ours.metrics() | ours.diagnoses()
 
 
 def test_jobs_pickle(runs):
