@@ -126,5 +126,4 @@ class AVSBenchObject(VideoFolder):
         return ObjectVideo(row, uid, faults=(fault,), located=False)
 
     def ids(self, colours: np.ndarray) -> np.ndarray:
-        marked: np.ndarray = colours.any(-1).astype(np.uint8)
-        return marked
+        return np.asarray(colours.any(-1), np.uint8)
