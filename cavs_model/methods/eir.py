@@ -210,7 +210,8 @@ class EIR(Method):
             label[clip][place] = label[clip][place].masked_fill(labelled, class_id)
             sounding = shown.flatten(1).any(1)[:, None, None]
             audio[clip] = torch.where(sounding, mix(audio[clip], stored.audio[index]), audio[clip])
-        return replace(batch, image=image, audio=audio, label=label)
+        # Vectors of sound that were computed from the clips as they were say nothing of the mixture.
+        return replace(batch, image=image, audio=audio, label=label, audio_feature=None)
 
     # What is kept.
 
