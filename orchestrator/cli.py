@@ -13,8 +13,8 @@ import sys
 import traceback
 import types
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,17 @@ INPUT_ERROR_STATUS = 2
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A file of search_spaces/: an experiment, what to optimise, and which knobs are open. `doc` is its docstring."""
+    """A file of search_spaces/: an experiment, what to optimise, and which knobs are open. `doc` is its docstring.
+
+    `variants` are what `compare` sets side by side: per name the fields to be changed; the file need not have any.
+    """
 
     name: str
     base: Experiment
     objectives: tuple[Objective, ...]
     define: Callable[[Trial], None]
     doc: str = ""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 class _Recorder:
@@ -94,7 +98,10 @@ def load_space(name: str) -> SearchSpace:
             raise InputError(f"search space {name} must define BASE (an Experiment), OBJECTIVES (a tuple) and define(trial)")
     if not module.OBJECTIVES or not all(isinstance(objective, Objective) for objective in module.OBJECTIVES):
         raise InputError(f"search space {name}: OBJECTIVES must hold one Objective or more")
-    return SearchSpace(Path(name).stem, module.BASE, module.OBJECTIVES, module.define, module.__doc__ or "")
+    variants = getattr(module, "VARIANTS", {})
+    if not isinstance(variants, Mapping) or not all(isinstance(changes, Mapping) for changes in variants.values()):
+        raise InputError(f'search space {name}: VARIANTS must map names to changed fields, {{"plop": {{"method": "plop"}}}}')
+    return SearchSpace(Path(name).stem, module.BASE, module.OBJECTIVES, module.define, module.__doc__ or "", variants)
 
 
 def _loaded(module_name: str, path: Path) -> types.ModuleType:
@@ -121,10 +128,14 @@ def _loaded(module_name: str, path: Path) -> types.ModuleType:
     return module
 
 
-def parser(verb: str, description: str) -> argparse.ArgumentParser:
-    """The arguments that every verb takes."""
+def parser(verb: str, description: str, several: bool = False) -> argparse.ArgumentParser:
+    """The arguments that every verb takes; `several` search spaces or one."""
     made = argparse.ArgumentParser(prog=f"python -m orchestrator.{verb}", description=description)
-    made.add_argument("space", nargs="?", default=DEFAULT_SPACE, help="a file of search_spaces/, by name or path (%(default)s)")
+    what = "a file of search_spaces/, by name or path"
+    if several:
+        made.add_argument("space", nargs="+", help=f"{what}; one or more")
+    else:
+        made.add_argument("space", nargs="?", default=DEFAULT_SPACE, help=f"{what} (%(default)s)")
     made.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
         help="override a field of the experiment, such as method.samples_per_class=3 or method=plop; may be repeated",

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from torch import Tensor
 
@@ -183,6 +184,15 @@ class Tracker:
         if self.uri.startswith(("http://", "https://")):
             return f"open {without_password(self.uri)}"
         return f"make ui (or: mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)})"
+
+    def resume(self, run_id: str) -> None:
+        """Sets a run that was cut off to running again. InputError where there is no such run."""
+        try:
+            self._client.update_run(run_id, "RUNNING")
+        except MlflowException as error:
+            raise InputError(
+                f"MLflow at {without_password(self.uri)} has no run {run_id}, which is to go on: {error}"
+            ) from error
 
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a run: FINISHED, FAILED or KILLED."""

@@ -1,0 +1,384 @@
+"""`python -m orchestrator.compare`: entries x settings x seeds as one job; a table with spread, differences and cost.
+
+Every stream is one of run_stream's, over one store: the base task and whatever else two streams have in common is computed
+once. The same command with the same --name goes on where it was cut off, in the same MLflow runs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from cavs_model.errors import InputError, unknown
+from orchestrator import cli
+from orchestrator.comparison import (
+    BACKGROUND_ALONE,
+    StreamResult,
+    background_alone,
+    markdown,
+    raw_csv,
+    table,
+    table_csv,
+    values_of,
+)
+from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
+from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import Progress, planned_work, watched
+from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.store import StoredBackend, write_atomically
+from orchestrator.stream import Backend, run_stream
+from orchestrator.tracker import Tracker, record_of, tracking_uri
+
+PLAN_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a comparison."""
+
+    entry: str
+    seed: int
+    experiment: Experiment
+
+    @property
+    def setting(self) -> str:
+        return self.experiment.scenario.setting
+
+    @property
+    def name(self) -> str:
+        return f"{self.entry} {self.setting} seed {self.seed}"
+
+
+@dataclass
+class Ledger:
+    """What a comparison has done so far, on disk under `folder`: plan, MLflow runs, and every stream that ended well."""
+
+    folder: Path
+    plan: Mapping[str, Any]
+    parent: str = ""
+    runs: dict[str, str] = field(default_factory=dict)  # stream's name -> MLflow run
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)  # stream's name -> its values, and background alone's
+
+    @staticmethod
+    def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:
+        """The ledger of a comparison that was begun, or a new one. InputError where the folder holds another comparison."""
+        path = folder / PLAN_FILE
+        if not path.exists():
+            if folder.exists():
+                raise InputError(f"{folder} is not a comparison's folder; choose another --name")
+            return Ledger(folder, plan)
+        try:
+            entry = json.loads(path.read_text())
+            found = Ledger(folder, entry["plan"], entry["parent"], entry["runs"], entry["done"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"damaged file {path} ({error}); delete the folder, or use --fresh") from error
+        if different := sorted(_differences(found.plan, plan)):
+            shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
+            raise InputError(
+                f"--name {folder.name!r} was begun with another configuration: {shown}; use another name or --fresh"
+            )
+        return found
+
+    def save(self) -> None:
+        """Writes the ledger as it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        content = {"plan": self.plan, "parent": self.parent, "runs": self.runs, "done": self.done}
+        write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=1).encode())
+
+
+def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Where two plain values differ, as "path: before -> now"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield f"{path}: {before!r} -> {now!r}"
+
+
+def entries_of(spaces: Sequence[cli.SearchSpace], chosen: Sequence[str], changes: Mapping[str, str]) -> dict[str, Experiment]:
+    """The entries by name: every variant of every space, or its base where it has none.
+
+    Overrides of the command line come last. With several spaces a name is "space: variant". InputError for names in `chosen`
+    that are not there.
+    """
+    found: dict[str, Experiment] = {}
+    for space in spaces:
+        variants = space.variants or {space.name: {}}
+        for name, fields in variants.items():
+            full = f"{space.name}: {name}" if len(spaces) > 1 and space.variants else name
+            found[full] = override(override(space.base, fields), changes)
+    for name in chosen:
+        if name not in found:
+            raise unknown("--only", name, list(found))
+    return {name: experiment for name, experiment in found.items() if not chosen or name in chosen}
+
+
+def streams_of(entries: Mapping[str, Experiment], settings: Sequence[str], seeds: Sequence[int]) -> list[Stream]:
+    """All streams, seed by seed, so that a comparison that is cut off has whole seeds. InputError for an impossible setting."""
+    streams = []
+    for seed in seeds:
+        for setting in settings or ("",):
+            for name, experiment in entries.items():
+                chosen = override(experiment, {"scenario.setting": setting} if setting else {})
+                chosen.scenario.tasks(chosen.benchmark)
+                streams.append(Stream(name, seed, override(chosen, {"seeds": (seed,)})))
+    return streams
+
+
+def compare() -> int:
+    """The verb; 0, or 1 where a stream failed."""
+    made = cli.parser(
+        "compare",
+        "Compare methods, or variants of one, over settings and seeds: one job, shared work, one table.",
+        several=True,
+    )
+    made.add_argument("--seeds", default="0,1,2", help="seeds of every entry (%(default)s)")
+    made.add_argument("--setting", default="", help="settings such as 16-4,16-8 (each space's own)")
+    made.add_argument("--only", action="append", default=[], metavar="ENTRY", help="an entry to run; may be repeated (all)")
+    made.add_argument("--reference", default="", help="the entry the others' differences are to (the first)")
+    made.add_argument("--name", default=None, help="name of the comparison; one that is there goes on (numbered)")
+    made.add_argument("--fresh", action="store_true", help="forget what was done under --name; the store is kept")
+    made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
+    made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
+    arguments = made.parse_args()
+    spaces = [cli.load_space(name) for name in arguments.space]
+    seeds = _numbers(arguments.seeds)
+    settings = [part.strip() for part in arguments.setting.split(",") if part.strip()]
+    entries = entries_of(spaces, arguments.only, parse_assignments(arguments.assignments))
+    reference = arguments.reference or next(iter(entries))
+    if reference not in entries:
+        raise unknown("--reference", reference, list(entries))
+    streams = streams_of(entries, settings, seeds)
+    outputs = cli.outputs_folder(arguments.outputs)
+    for experiment in entries.values():
+        experiment.benchmark.check()
+    benchmark = streams[0].experiment.benchmark
+    splits = [split for split in benchmark.splits() if split.startswith("test") == arguments.test and split != "train"]
+    for stream in streams:
+        if missing := set(splits) - set(stream.experiment.benchmark.splits()):
+            raise InputError(
+                f"{stream.entry}: benchmark {stream.experiment.benchmark.name} has no split {sorted(missing)[0]!r}"
+            )
+    tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
+    folder = _folder(outputs / "comparisons", arguments.name, spaces[0].name, arguments.fresh)
+    plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
+    ledger = Ledger.open(folder, plan)
+    if ledger.parent:
+        tracker.resume(ledger.parent)
+    else:
+        ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
+        tracker.artifact(ledger.parent, "config.json", {"command": sys.argv, **plan})
+        ledger.save()
+    todo = [stream for stream in streams if stream.name not in ledger.done]
+    # Streams stand for a search's trials here: one task each, of the mean stream's work.
+    work = fmean(sum(planned_work(stream.experiment)) for stream in streams)
+    progress = Progress(sys.stdout, (0.0, work), (0,), len(todo))
+    progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
+    progress.line(f"MLflow: {tracker.open_hint}")
+    job = _Job(tracker, ledger, progress, splits, outputs / "store")
+    try:
+        if arguments.local:
+            with watched(list, progress, progress.heartbeat):
+                failed = job.run(todo, lambda each: LocalBackend(outputs / "data", each.experiment.resources, progress), 1)
+        elif todo:
+            with connected(arguments.verbose) as cluster:
+                fits = min(cluster.concurrent_jobs(stream.experiment.resources) for stream in todo)
+                progress.line(f"{cluster.describe()}; {fits} streams at a time")
+                mailbox = new_mailbox()
+
+                def on_ray(stream: Stream) -> Backend:
+                    return RayBackend(outputs / "data", outputs / "scratch", stream.experiment.resources, mailbox)
+
+                with watched(lambda: drain(mailbox), progress, progress.heartbeat):
+                    failed = job.run(todo, on_ray, fits)
+        else:
+            failed = {}
+        conclude(streams, ledger, failed, seeds, reference, splits, tracker)
+    except BaseException as error:
+        killed = isinstance(error, KeyboardInterrupt)
+        job.stop("KILLED" if killed else "FAILED")
+        tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
+        raise
+    tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
+    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
+    return 1 if failed else 0
+
+
+@dataclass
+class _Job:
+    """Runs streams side by side in threads: they wait for the backend, which does the work. One writes at a time."""
+
+    tracker: Tracker
+    ledger: Ledger
+    progress: Progress
+    splits: Sequence[str]
+    store: Path
+    _open: set[str] = field(default_factory=set)  # names of the streams that run
+    _stopped: bool = False
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def run(self, todo: Sequence[Stream], backend: Callable[[Stream], Backend], at_once: int) -> dict[str, str]:
+        """Runs the streams; the name of every one that failed, with its error. The others go on."""
+        failed: dict[str, str] = {}
+        pool = ThreadPoolExecutor(at_once, thread_name_prefix="stream")
+        try:
+            waiting = list(todo)
+            running: dict[Future[None], Stream] = {}
+            while waiting or running:
+                while waiting and len(running) < at_once:
+                    stream = waiting.pop(0)
+                    running[pool.submit(self._stream, stream, backend)] = stream
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    stream, error = running.pop(future), future.exception()
+                    if isinstance(error, InputError):
+                        raise error
+                    if error is not None:
+                        failed[stream.name] = f"{type(error).__name__}: {error}"
+        finally:
+            # A stream that is cut off waits inside the backend; it ends when the cluster does.
+            pool.shutdown(wait=False, cancel_futures=True)
+        return failed
+
+    def stop(self, status: str) -> None:
+        """Ends the MLflow runs of streams that were cut off; nothing more is written."""
+        with self._writing():
+            self._stopped = True
+            for name in self._open:
+                self.tracker.end(self.ledger.runs[name], status)
+
+    def _stream(self, stream: Stream, backend: Callable[[Stream], Backend]) -> None:
+        label = {"label": stream.name, "trial": stream.name}
+        try:
+            with self._writing():
+                self._begin(stream)
+            stored = StoredBackend(backend(stream), self.store)
+            outcomes = []
+            for outcome in run_stream(
+                stream.experiment, stream.seed, stored, self.splits, label=f"{stream.entry} {stream.setting} "
+            ):
+                outcomes.append(outcome)
+                with self._writing():
+                    self.tracker.record(self.ledger.runs[stream.name], record_of(outcome))
+                self.progress({"kind": "note", "text": f"{stream.entry} {stream.setting}: {outcome.headline()}"})
+            values = values_of(outcomes)
+            with self._writing():
+                self.ledger.done[stream.name] = {"values": values, "background": background_alone(outcomes[-1])}
+                self.ledger.save()
+                self._end(stream, "FINISHED")
+            reuse = stored.reuse
+            text = (
+                f"done; {reuse.computed} outcomes computed, {reuse.reused} reused ({reuse.reused_seconds:.0f} worker-seconds)"
+            )
+            self.progress({"kind": "trial", "text": text, **label})
+        except Exception as error:
+            with self._writing():
+                self.tracker.tag(self.ledger.runs[stream.name], {"failure": f"{type(error).__name__}: {error}"[:4000]})
+                self._end(stream, "FAILED")
+            self.progress({"kind": "trial", "text": f"failed: {type(error).__name__}: {error}", **label})
+            raise
+
+    def _begin(self, stream: Stream) -> None:
+        """Starts the stream's run, or goes on with the one it has."""
+        run = self.ledger.runs.get(stream.name)
+        if run is None:
+            run = self.tracker.stream(stream.experiment, stream.seed, stream.name, self.ledger.parent)
+            self.tracker.tag(run, {"entry": stream.entry})
+            self.ledger.runs[stream.name] = run
+            self.ledger.save()
+        else:
+            self.tracker.resume(run)
+        self._open.add(stream.name)
+
+    def _end(self, stream: Stream, status: str) -> None:
+        self.tracker.end(self.ledger.runs[stream.name], status)
+        self._open.discard(stream.name)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """One writer at a time, and none after `stop`."""
+        with self._lock:
+            if self._stopped:
+                raise RuntimeError("the comparison was stopped")
+            yield
+
+
+def conclude(
+    streams: Sequence[Stream],
+    ledger: Ledger,
+    failed: Mapping[str, str],
+    seeds: Sequence[int],
+    reference: str,
+    splits: Sequence[str],
+    tracker: Tracker,
+) -> None:
+    """Writes and prints the tables: table.md, table.csv, streams.csv, beside the ledger and in MLflow."""
+    results = []
+    for stream in streams:
+        done = ledger.done.get(stream.name)
+        error = "" if done else failed.get(stream.name, "not run")
+        results.append(StreamResult(stream.entry, stream.setting, stream.seed, done["values"] if done else {}, error))
+    for setting, seed in dict.fromkeys((stream.setting, stream.seed) for stream in streams):
+        # The labels of a setting are the same whoever answers: any stream that ended knows them.
+        names = [stream.name for stream in streams if (stream.setting, stream.seed) == (setting, seed)]
+        known = next((ledger.done[name]["background"] for name in names if name in ledger.done), None)
+        if known is not None:
+            results.append(StreamResult(BACKGROUND_ALONE, setting, seed, known))
+    rows = table(results, seeds, reference)
+    text = "\n".join(markdown(rows, split, reference) for split in splits)
+    for file, content in (("table.md", text), ("table.csv", table_csv(rows)), ("streams.csv", raw_csv(results))):
+        write_atomically(ledger.folder / file, content.encode())
+        tracker.artifact(ledger.parent, file, content)
+    for row in rows:
+        if row.mean:
+            name = f"{row.entry} {row.setting}"
+            shown = {f"{split}/miou/all": row.mean[f"{split}/miou/all"] for split in splits}
+            tracker.metrics(ledger.parent, {f"{_metric_name(name)}/{metric}": value for metric, value in shown.items()}, 0)
+    print(text, flush=True)
+
+
+def _metric_name(text: str) -> str:
+    """The text with what MLflow's names do not take replaced."""
+    return "".join(letter if letter.isalnum() or letter in "_-. :/" else "_" for letter in text)
+
+
+def _scientific(stream: Stream) -> dict[str, Any]:
+    """What determines the stream's result: resources do not."""
+    return {path: value for path, value in flatten(stream.experiment).items() if not path.startswith("resources.")}
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        seeds = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise InputError(f"--seeds {text!r}: write whole numbers, such as 0,1,2") from None
+    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
+        raise InputError(f"--seeds {text!r}: distinct numbers that are not negative, at least one")
+    return seeds
+
+
+def _folder(parent: Path, name: str | None, default: str, fresh: bool) -> Path:
+    """The comparison's folder: that of a name, which may be there, or a new numbered one."""
+    if name is None:
+        found = cli.new_folder(parent, None, default)
+        found.rmdir()  # made anew by the ledger
+        return found
+    if not (parent / name).exists():
+        found = cli.new_folder(parent, name, default)
+        found.rmdir()
+    elif fresh:
+        shutil.rmtree(parent / name)
+    return parent / name
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(compare))
