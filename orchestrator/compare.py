@@ -227,19 +227,27 @@ class _Job:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def run(self, todo: Sequence[Stream], backend: Callable[[Stream], Backend], at_once: int) -> dict[str, str]:
-        """Runs the streams; the name of every one that failed, with its error. The others go on."""
+        """Runs the streams; the name of every one that failed, with its error. The others go on.
+
+        InputError ends all of them: what the user has to mend is told at once.
+        """
         failed: dict[str, str] = {}
+        waiting = list(todo)
+        running: dict[Future[None], Stream] = {}
         pool = ThreadPoolExecutor(at_once, thread_name_prefix="stream")
         try:
-            waiting = list(todo)
-            running: dict[Future[None], Stream] = {}
             while waiting or running:
-                while waiting and len(running) < at_once:
+                if at_once == 1:  # in this thread, which is the one that an interrupt reaches
                     stream = waiting.pop(0)
-                    running[pool.submit(self._stream, stream, backend)] = stream
-                ended, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in ended:
-                    stream, error = running.pop(future), future.exception()
+                    ended = {_called(self._stream, stream, backend): stream}
+                else:
+                    while waiting and len(running) < at_once:
+                        stream = waiting.pop(0)
+                        running[pool.submit(self._stream, stream, backend)] = stream
+                    done, _ = wait(running, return_when=FIRST_COMPLETED)
+                    ended = {future: running.pop(future) for future in done}
+                for future, stream in ended.items():
+                    error = future.exception()
                     if isinstance(error, InputError):
                         raise error
                     if error is not None:
@@ -310,6 +318,17 @@ class _Job:
             if self._stopped:
                 raise RuntimeError("the comparison was stopped")
             yield
+
+
+def _called(function: Callable[..., None], *arguments: Any) -> Future[None]:
+    """The future of a call made here and now. What is no Exception, such as an interrupt, is raised."""
+    future: Future[None] = Future()
+    try:
+        function(*arguments)
+        future.set_result(None)
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
 
 def conclude(

@@ -1,0 +1,214 @@
+"""`compare` on toys: shared work, one table, resumed where it was cut off, failures told and the others finished."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from cavs_model import train
+from cavs_model.errors import InputError
+from orchestrator import cli, compare
+from orchestrator.cli import load_space
+from orchestrator.compare import entries_of, streams_of
+from orchestrator.experiment import file_name
+
+pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
+
+ROOT = Path(__file__).parents[2]
+SPACE = '''
+"""Toys."""
+import dataclasses
+from search_spaces.tones import BASE as TONES, OBJECTIVES, define
+from cavs_model.train import Schedule
+from cavs_model.datasets.tones import Tones
+BASE = dataclasses.replace(
+    TONES,
+    benchmark=Tones(num_classes=4, train_clips=16, val_clips=8, test_clips=8),
+    schedule=Schedule(base_epochs=1, epochs=1, batch_size=8),
+)
+VARIANTS = {"lwf": {"method": "lwf"}, "plain": {"method": "finetune"}, "cmr": {"method.samples_per_class": 2}}
+'''
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("spaces") / "compared_toys.py"
+    path.write_text(SPACE)
+    return str(path)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, outputs: Path, *arguments: str) -> int:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("sys.argv", ["compare", *arguments, "--local", "--outputs", str(outputs)])
+    return cli.main(compare.compare)
+
+
+def runs(outputs: Path, kind: str) -> list:
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    experiment = client.get_experiment_by_name("cavs")
+    return list(client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'"))
+
+
+def test_entries_are_the_variants_with_the_command_lines_overrides_last(space: str) -> None:
+    entries = entries_of([load_space(space)], (), {"schedule.epochs": "2"})
+    assert [file_name(each.method) for each in entries.values()] == ["lwf", "finetune", "cmr"]
+    assert entries["cmr"].method.samples_per_class == 2  # type: ignore[attr-defined]
+    assert {each.schedule.epochs for each in entries.values()} == {2}
+
+
+def test_a_comparison_ends_with_a_table_and_everything_in_mlflow(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, tmp_path, space, "--seeds", "0,1", "--name", "toys", "--reference", "plain") == 0
+    shown = capsys.readouterr().out
+    folder = tmp_path / "comparisons" / "toys"
+    assert (folder / "table.md").read_text() in shown
+    with open(folder / "streams.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["entry"], line["seed"]) for line in lines} == {
+        (entry, seed) for entry in ("lwf", "plain", "cmr", "background alone") for seed in ("0", "1")
+    }
+    (parent,) = runs(tmp_path, "comparison")
+    assert parent.info.status == "FINISHED"
+    streams = runs(tmp_path, "stream")
+    assert {run.data.tags["mlflow.parentRunId"] for run in streams} == {parent.info.run_id}
+    assert {run.data.tags["mlflow.runName"] for run in streams} == {
+        f"{entry} 2-2 seed {seed}" for entry in ("lwf", "plain", "cmr") for seed in (0, 1)
+    }
+    in_csv = {(line["entry"], line["seed"]): float(line["val/miou/all"]) for line in lines}
+    for each in streams:
+        assert each.data.metrics["miou/all"] == in_csv[each.data.tags["entry"], each.data.tags["seed"]]
+    assert "lwf 2-2/val/miou/all" in parent.data.metrics
+    # Two seeds' base tasks, audio-visual and visual-only, and what each entry learns later: nothing else is trained.
+    assert len(list((tmp_path / "store" / "networks").iterdir())) <= 2 * (2 + 3)
+
+
+def test_on_a_cluster_streams_run_side_by_side_with_the_same_numbers(space: str, tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    shared = [sys.executable, "-m", "orchestrator.compare", space, "--seeds", "0", "--only", "plain", "--only", "lwf"]
+    for arguments in (
+        ["--name", "ray", "--outputs", str(tmp_path / "a")],
+        ["--local", "--name", "ray", "--outputs", str(tmp_path / "b")],
+    ):
+        process = subprocess.run(
+            shared + arguments, cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+            timeout=300, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stdout + process.stderr
+    tables = [(tmp_path / each / "comparisons" / "ray" / "streams.csv").read_text() for each in "ab"]
+    on_ray, here = ([_without_cost(line) for line in csv.DictReader(io.StringIO(text))] for text in tables)
+    assert on_ray == here
+
+
+def _without_cost(line: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in line.items() if name != "worker_seconds"}
+
+
+def test_what_was_cut_off_goes_on_in_the_same_runs(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (space, "--seeds", "0", "--name", "cut", "--only", "plain", "--only", "lwf")
+    seen = []
+
+    def interrupted(*given: object) -> dict[str, float]:
+        seen.append(given)
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        return values_of(*given)
+
+    values_of = compare.values_of
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "values_of", interrupted)
+        assert run(patch, tmp_path, *arguments) == 130
+    before = {each.info.run_id: each.info.status for each in runs(tmp_path, "stream")}
+    assert sorted(before.values()) == ["FINISHED", "KILLED"]
+    capsys.readouterr()
+    assert run(monkeypatch, tmp_path, *arguments) == 0
+    assert "2 streams, 1 done before" in capsys.readouterr().out
+    after = {each.info.run_id: each.info.status for each in runs(tmp_path, "stream")}
+    assert after == dict.fromkeys(before, "FINISHED")
+    (parent,) = runs(tmp_path, "comparison")
+    assert parent.info.status == "FINISHED"
+
+
+def test_another_configuration_under_the_same_name_is_refused_with_the_difference(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = (space, "--seeds", "0", "--name", "one", "--only", "plain")
+    assert run(monkeypatch, tmp_path, *arguments) == 0
+    assert run(monkeypatch, tmp_path, *arguments, "--set", "resources.workers=2") == 0  # no part of the result
+    assert run(monkeypatch, tmp_path, *arguments, "--set", "schedule.epochs=2") == 2
+    message = capsys.readouterr().err
+    assert "schedule.epochs: 1 -> 2" in message
+    assert "--fresh" in message
+    assert run(monkeypatch, tmp_path, *arguments, "--set", "schedule.epochs=2", "--fresh") == 0
+    plan = json.loads((tmp_path / "comparisons" / "one" / "comparison.json").read_text())["plan"]
+    assert plan["streams"]["plain 2-2 seed 0"]["schedule.epochs"] == 2
+
+
+def test_a_failed_stream_is_told_and_the_others_finish(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = train.global_means
+
+    def diverging(terms, worker):  # type: ignore[no-untyped-def]
+        if len(terms) > 1:  # lwf beyond its base task
+            return {name: value * float("nan") for name, value in whole(terms, worker).items()}
+        return whole(terms, worker)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "global_means", diverging)
+        assert run(patch, tmp_path, space, "--seeds", "0", "--name", "half", "--only", "plain", "--only", "lwf") == 1
+    shown = capsys.readouterr().out
+    assert "DivergedError" in shown
+    assert "seeds 0 failed" in shown
+    states = {each.data.tags["entry"]: each.info.status for each in runs(tmp_path, "stream")}
+    assert states == {"plain": "FINISHED", "lwf": "FAILED"}
+    (parent,) = runs(tmp_path, "comparison")
+    assert parent.info.status == "FAILED"
+    # The same command tries again what failed, and only that.
+    assert run(monkeypatch, tmp_path, space, "--seeds", "0", "--name", "half", "--only", "plain", "--only", "lwf") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "plop"), ("--only", "'plop'", "lwf")),
+        (("--reference", "plop"), ("--reference", "'plop'", "plain")),
+        (("--seeds", "0,x"), ("--seeds", "0,1,2")),
+        (("--seeds", "1,1"), ("--seeds", "distinct")),
+        (("--setting", "3-2"), ("3-2", "2-2")),
+        (("--name", "a/b"), ("--name", "a/b")),
+    ],
+)
+def test_bad_arguments_are_told_with_the_valid_ones(
+    space: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, str],
+    words: tuple[str, ...],
+) -> None:
+    assert run(monkeypatch, tmp_path, space, *arguments) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_several_spaces_name_their_variants(space: str) -> None:
+    entries = entries_of([load_space(space), load_space("tones")], (), {})
+    assert list(entries) == ["compared_toys: lwf", "compared_toys: plain", "compared_toys: cmr", "tones"]
+
+
+def test_streams_come_seed_by_seed_over_settings(space: str) -> None:
+    entries = entries_of([load_space(space)], ("plain",), {})
+    streams = streams_of(entries, ("2-2", "3-1"), (0, 1))
+    assert [(each.setting, each.seed) for each in streams] == [("2-2", 0), ("3-1", 0), ("2-2", 1), ("3-1", 1)]
+    with pytest.raises(InputError, match="5-5"):
+        streams_of(entries, ("5-5",), (0,))
