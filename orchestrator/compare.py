@@ -15,7 +15,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from cavs_model.errors import InputError, unknown
@@ -180,8 +179,7 @@ def compare() -> int:
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.
-    work = fmean(sum(planned_work(stream.experiment)) for stream in streams)
-    progress = Progress(sys.stdout, (0.0, work), (0,), len(todo))
+    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo))
     progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
     job = _Job(tracker, ledger, progress, splits, outputs / "store")
@@ -318,6 +316,18 @@ class _Job:
             if self._stopped:
                 raise RuntimeError("the comparison was stopped")
             yield
+
+
+def mean_work(streams: Sequence[Stream]) -> float:
+    """What a stream takes on average, in clip passes; the base task, which all streams of a setting and seed share, once."""
+    bases: dict[tuple[str, int], float] = {}
+    later = 0.0
+    for stream in streams:
+        base, *others = planned_work(stream.experiment)
+        key = (stream.setting, stream.seed)
+        bases[key] = max(base, bases.get(key, 0.0))
+        later += sum(others)
+    return (later + sum(bases.values())) / max(1, len(streams))
 
 
 def _called(function: Callable[..., None], *arguments: Any) -> Future[None]:

@@ -15,8 +15,9 @@ from cavs_model import train
 from cavs_model.errors import InputError
 from orchestrator import cli, compare
 from orchestrator.cli import load_space
-from orchestrator.compare import entries_of, streams_of
+from orchestrator.compare import entries_of, mean_work, streams_of
 from orchestrator.experiment import file_name
+from orchestrator.progress import planned_work
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
 
@@ -199,6 +200,13 @@ def test_bad_arguments_are_told_with_the_valid_ones(
     message = capsys.readouterr().err
     for word in words:
         assert word in message
+
+
+def test_the_base_task_is_planned_once_a_setting_and_seed(space: str) -> None:
+    streams = streams_of(entries_of([load_space(space)], (), {}), ("2-2",), (0, 1))
+    plans = {each.entry: planned_work(each.experiment) for each in streams}
+    bases, later = max(base for base, _ in plans.values()), sum(other for _, other in plans.values())
+    assert mean_work(streams) == pytest.approx((2 * bases + 2 * later) / 6)
 
 
 def test_several_spaces_name_their_variants(space: str) -> None:
