@@ -23,6 +23,7 @@ from orchestrator.experiment import Experiment, Objective, Trial, override, pars
 
 DEFAULT_SPACE = "cmr_collage"
 INPUT_ERROR_STATUS = 2
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run: never a path, so that nothing above its folder is touched
 
 
 @dataclass(frozen=True)
@@ -177,7 +178,7 @@ def outputs_folder(chosen: Path | None) -> Path:
 
 def new_folder(parent: Path, name: str | None, default: str) -> Path:
     """A folder for one run's results: the name given, which must be new, or the default with the next free number."""
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+    if name is not None and not re.fullmatch(NAME, name):
         raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
     candidates = [default, *(f"{default}-{number}" for number in range(2, 10_000))] if name is None else [name]
     for candidate in candidates:
@@ -187,6 +188,13 @@ def new_folder(parent: Path, name: str | None, default: str) -> Path:
         except FileExistsError:
             continue
     raise InputError(f"--name {name!r} is taken: {parent / str(name)} exists; choose another name or delete the folder")
+
+
+def run_folder(parent: Path, name: str | None, default: str) -> Path:
+    """The folder of a run that goes on under its name: the one that is there, or a new one. InputError as `new_folder`."""
+    if name is not None and re.fullmatch(NAME, name) and (parent / name).is_dir():
+        return parent / name
+    return new_folder(parent, name, default)
 
 
 def main(verb: Callable[[], int]) -> int:

@@ -30,6 +30,7 @@ from orchestrator.comparison import (
     values_of,
 )
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
+from orchestrator.ledger import refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
@@ -80,11 +81,7 @@ class Ledger:
             found = Ledger(folder, entry["plan"], entry["parent"], entry["runs"], entry["done"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"damaged file {path} ({error}); delete the folder, or use --fresh") from error
-        if different := sorted(_differences(found.plan, plan)):
-            shown = "; ".join(different[:5]) + (f"; and {len(different) - 5} more" if len(different) > 5 else "")
-            raise InputError(
-                f"--name {folder.name!r} was begun with another configuration: {shown}; use another name or --fresh"
-            )
+        refuse_changes(folder.name, found.plan, plan)
         return found
 
     def save(self) -> None:
@@ -92,15 +89,6 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {"plan": self.plan, "parent": self.parent, "runs": self.runs, "done": self.done}
         write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=1).encode())
-
-
-def _differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
-    """Where two plain values differ, as "path: before -> now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-    elif before != now:
-        yield f"{path}: {before!r} -> {now!r}"
 
 
 def entries_of(spaces: Sequence[cli.SearchSpace], chosen: Sequence[str], changes: Mapping[str, str]) -> dict[str, Experiment]:

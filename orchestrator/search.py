@@ -2,34 +2,49 @@
 
 A trial is a driver function: it owns no CPU, starts fits and tasks, and reports between them, when no worker group lives that
 a stopped trial would leave behind. Seeds run inside the trial; a failed seed fails the trial, it is never averaged away.
+
+Optuna's study lives in memory and is made anew from the ledger when a sweep goes on. A trial is drawn by a sampler of its own,
+seeded by the search's seed and the trial's number: what is drawn depends on the trials known by then, not on interruptions.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import statistics
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import optuna
 import ray
+from optuna.distributions import BaseDistribution
+from optuna.trial import FixedTrial, TrialState, create_trial
 from ray import tune
-from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search import Searcher
 
-from cavs_model.errors import unknown
+from cavs_model.errors import InputError, unknown
+from cavs_model.train import DivergedError
 from orchestrator.cli import SearchSpace
 from orchestrator.experiment import Experiment, Objective, override
+from orchestrator.ledger import COMPUTED, Ledger
 from orchestrator.ray_backend import RayBackend
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
 from orchestrator.tracker import record_of
 
-Sampler = Literal["tpe", "gp"]
-SAMPLERS = ("tpe", "gp")
+Sampler = Literal["tpe", "gp", "nsga2"]
+SAMPLERS = ("tpe", "gp", "nsga2")
 STARTUP_TRIALS = 4  # drawn at random before the model of the objective is trusted
+GENERATION = ":generation"  # how the attribute ends by which NSGA-II knows a trial's generation
+POPULATION = 8  # of NSGA-II; Optuna's 50 would make a search of this size a random one
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver takes; Tune refuses a trial that asks for nothing
+MEMORY_BYTES, WORKER_SECONDS = "memory/bytes", "cost/worker_seconds"  # of a trial, beside the metrics of its outcomes
+TASKS_LEFT, FAILURE = "tasks_left", "failure"  # of a report: 0 after the last task; why there is none after this one
 
 
 @dataclass(frozen=True)
@@ -43,35 +58,49 @@ class Plan:
 
 
 def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
-    """One trial: all seeds' streams abreast, task by task; the mean over seeds is reported after every task."""
-    mailbox = plan.backend.mailbox
-    number = ray.get(mailbox.number.remote(tune.get_context().get_trial_id()))
+    """One trial: all seeds' streams abreast, task by task; the mean over seeds is reported after every task.
+
+    `config` is {"number": ..., "knobs": {path: value}}. What would fail again the same way is reported, not raised, so that
+    Tune does not try it again.
+    """
+    number, knobs = config["number"], config["knobs"]
     label = f"trial {number}"
 
     def post(kind: str, **fields: Any) -> None:
-        ray.get(mailbox.post.remote({"kind": kind, "trial": number, "label": label, **fields}))
+        ray.get(plan.backend.mailbox.post.remote({"kind": kind, "trial": number, "label": label, **fields}))
 
-    experiment = override(plan.experiment, config)
-    post("start", config=dict(config), experiment=experiment)
-    backend = StoredBackend(
-        plan.backend, plan.store, on_wait=lambda what: post("note", text=f"{what}: another trial is computing it")
-    )
-    streams = [run_stream(experiment, seed, backend, label=f"{label} ") for seed in experiment.seeds]
     try:
+        experiment = override(plan.experiment, knobs)
+        post("start", config=dict(knobs), experiment=experiment)
+        backend = StoredBackend(
+            plan.backend, plan.store, on_wait=lambda what: post("note", text=f"{what}: another trial is computing it")
+        )
+        streams = [run_stream(experiment, seed, backend, label=f"{label} ") for seed in experiment.seeds]
+        worker_seconds = 0.0
         for outcomes in zip(*streams, strict=True):
             for outcome in outcomes:
                 post("task", seed=outcome.seed, task=outcome.task.index, num_tasks=outcome.num_tasks,
                      record=record_of(outcome), text=outcome.headline())  # fmt: skip
+            worker_seconds += statistics.fmean(_worker_seconds(outcome) for outcome in outcomes)
             report = mean_over_seeds(outcomes)
-            report |= {"reused_worker_seconds": backend.reuse.reused_seconds,
-                       "computed_worker_seconds": backend.reuse.computed_seconds}  # fmt: skip
-            post("report", metrics=report, task=outcomes[0].task.index)
-            tune.report(report)
+            report |= {MEMORY_BYTES: statistics.fmean(outcome.memory_bytes for outcome in outcomes),
+                       WORKER_SECONDS: worker_seconds,
+                       "reused_worker_seconds": backend.reuse.reused_seconds,
+                       COMPUTED: backend.reuse.computed_seconds}  # fmt: skip
+            task = outcomes[0].task.index
+            post("report", metrics=report, task=task)
+            if outcomes[0].is_last:  # said before Tune knows: it may stop a trial at any report
+                value = report[plan.objectives[0].metric]
+                text = f"done, {plan.objectives[0].metric} {value:.4f}"
+                post("trial", status="FINISHED", text=text, value=value)
+            tune.report(report | {TASKS_LEFT: outcomes[0].num_tasks - 1 - task})
     except BaseException as error:
-        post("trial", status="FAILED", text=f"failed: {type(error).__name__}: {error}", value=None)
-        raise
-    value = report[plan.objectives[0].metric]
-    post("trial", status="FINISHED", text=f"done, {plan.objectives[0].metric} {value:.4f}", value=value)
+        final = isinstance(error, (InputError, DivergedError))
+        reason = f"{type(error).__name__}: {error}"
+        post("trial", status="FAILED", final=final, text=f"failed: {reason}", error=reason, value=None)
+        if not final:
+            raise
+        tune.report({FAILURE: reason, TASKS_LEFT: 0, **{objective.metric: float("nan") for objective in plan.objectives}})
 
 
 def mean_over_seeds(outcomes: tuple[TaskOutcome, ...]) -> dict[str, Any]:
@@ -89,50 +118,236 @@ def mean_over_seeds(outcomes: tuple[TaskOutcome, ...]) -> dict[str, Any]:
     return report
 
 
+def _worker_seconds(outcome: TaskOutcome) -> float:
+    return sum(about.seconds * about.world_size for about in outcome.trained.values())
+
+
 def sampler_of(kind: str, seed: int) -> optuna.samplers.BaseSampler:
     """Optuna's sampler by name. InputError for an unknown one."""
     if kind == "tpe":
         return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
     if kind == "gp":
         return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
+    if kind == "nsga2":
+        return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     raise unknown("sampler", kind, SAMPLERS)
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """One row of the table of trials. `error` is empty where the trial ended well."""
-
-    config: Mapping[str, Any]
-    metrics: Mapping[str, Any]
-    error: str = ""
+def seed_of_trial(seed: int, number: int) -> int:
+    """The seed of the sampler that draws a trial."""
+    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
 
 
-def search(
-    space: SearchSpace, plan: Plan, trials: int, concurrency: int, sampler: str, seed: int, folder: Path
-) -> list[TrialResult]:
-    """Runs the trials and returns them all, failed ones too. Tune's own state lies under `folder`/tune."""
-    objective = plan.objectives[0]
-    # Tune's own table of trials and Optuna's greeting would run into our progress lines.
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+def _study(directions: Sequence[Literal["maximize", "minimize"]], sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    """A study in memory, without a greeting."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    algorithm = OptunaSearch(
-        space=space.define, metric=objective.metric, mode=objective.mode, sampler=sampler_of(sampler, seed)
-    )
+    return optuna.create_study(directions=directions, sampler=sampler)
+
+
+def described(space: SearchSpace) -> dict[str, Any]:
+    """The space's knobs with their ranges, as plain values."""
+    trial = _study(["maximize"], optuna.samplers.RandomSampler(seed=0)).ask()
+    space.define(trial)
+    return {
+        name: json.loads(optuna.distributions.distribution_to_json(distribution))
+        for name, distribution in trial.distributions.items()
+    }
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """What ends a search besides its number of trials; None where it does not.
+
+    A budget that is spent lets no further trial begin, and running ones end after the task that they are in: nothing is
+    stopped while workers train.
+    """
+
+    wall_clock_s: float | None = None  # of this command
+    worker_seconds: float | None = None  # of the whole sweep; what the store had costs nothing
+    target: float | None = None  # of the first objective
+    plateau: int | None = None  # trials in a row without a better first objective
+
+    def __post_init__(self) -> None:
+        for name in ("wall_clock_s", "worker_seconds", "plateau"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"--{name.removesuffix('_s').replace('_', '-')} must be positive, not {value:g}")
+
+    def spent(self, values: Sequence[float], objective: Objective, seconds: float, worker_seconds: float) -> str:
+        """Which budget is spent, in words; empty where none is.
+
+        `values` of the objective in the order of the trials, `seconds` since the search began.
+        """
+        if self.wall_clock_s is not None and seconds >= self.wall_clock_s:
+            return f"the wall clock of {self.wall_clock_s:g} s ran out"
+        if self.worker_seconds is not None and worker_seconds >= self.worker_seconds:
+            return f"{worker_seconds:.0f} of {self.worker_seconds:g} worker-seconds were used"
+        sign = -1 if objective.mode == "max" else 1
+        costs = [sign * value for value in values]
+        if self.target is not None and costs and min(costs) <= sign * self.target:
+            return f"the target of {objective.metric} {self.target:g} was reached"
+        if self.plateau is not None and costs and len(costs) - 1 - costs.index(min(costs)) >= self.plateau:
+            return f"{self.plateau} trials in a row were no better"
+        return ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How knobs are drawn, and when it is enough."""
+
+    trials: int
+    sampler: str = "gp"
+    seed: int = 0
+    retries: int = 1  # of a trial that failed for another reason than its input or a diverged loss
+    budgets: Budgets = Budgets()
+
+
+class StudySearch(Searcher):
+    """Optuna's study as Tune's searcher: knobs drawn and trials told, with what the ledger knows told first.
+
+    Trials that were cut off are asked again before new ones are drawn.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Sequence[Objective],
+        ledger: Ledger,
+        wanted: Search,
+    ) -> None:
+        super().__init__()
+        self._space, self._objectives, self._ledger, self._wanted = space, objectives, ledger, wanted
+        self._started = time.monotonic()
+        self._asked: dict[str, optuna.Trial] = {}  # by Tune's id
+        self._study = _study(
+            ["maximize" if objective.mode == "max" else "minimize" for objective in objectives],
+            sampler_of(wanted.sampler, wanted.seed),
+        )
+        self._waiting = 0  # trials that were cut off
+        for number in range(1, max(ledger.trials, default=0) + 1):
+            self._tell_of(number)
+
+    def spent(self) -> str:
+        """Why no further trial shall begin and those that run shall end; empty where nothing speaks against it."""
+        ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))  # by number
+        return self._wanted.budgets.spent(
+            [trial.values[0] for trial in ended],
+            self._objectives[0],
+            time.monotonic() - self._started,
+            self._ledger.worker_seconds(),
+        )
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:  # type: ignore[override]  # Ray's own type forgets FINISHED
+        """The next trial's number and knobs, or that there is none."""
+        if (not self._waiting and len(self._study.trials) >= self._wanted.trials) or self.spent():
+            return str(Searcher.FINISHED)
+        number = len(self._study.trials) + 1
+        if self._waiting:
+            self._waiting -= 1
+            number = 1 + min(trial.number for trial in self._study.get_trials(states=(TrialState.WAITING,)))
+        self._study.sampler = sampler_of(self._wanted.sampler, seed_of_trial(self._wanted.seed, number))
+        trial = self._study.ask()
+        self._space.define(trial)
+        self._asked[trial_id] = trial
+        noted = self._study.trials[trial.number].system_attrs
+        attrs = {name: value for name, value in noted.items() if name.endswith(GENERATION)}
+        self._ledger.begin(number, trial.params, attrs)
+        return {"number": number, "knobs": trial.params}
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Nothing: what a trial reports on its way is in the ledger."""
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Tells Optuna how a trial ended. One that was stopped between tasks is nothing that it could learn from."""
+        trial = self._asked.pop(trial_id)
+        ended = not error and result and FAILURE not in result and result.get(TASKS_LEFT) == 0
+        values = [float(result[objective.metric]) for objective in self._objectives] if ended and result else []
+        if ended and all(math.isfinite(value) for value in values):
+            self._study.tell(trial, values)
+        else:
+            self._study.tell(trial, state=TrialState.FAIL)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger is what a sweep goes on from."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune pickles it into a file that nobody reads
+
+    def _tell_of(self, number: int) -> None:
+        """Adds a trial of the ledger to the study, under its number."""
+        known = self._ledger.trials.get(number)
+        if known is None:
+            raise InputError(f"damaged ledger in {self._ledger.folder}: trial {number} is missing; use --fresh")
+        if known.state == "RUNNING":
+            # As Study.enqueue_trial, which takes no attributes: NSGA-II gives a trial with fixed knobs no generation.
+            attrs = {"fixed_params": dict(known.config), **known.attrs}
+            self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
+            self._waiting += 1
+            return
+        well = known.state == "FINISHED"
+        self._study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if well else TrialState.FAIL,
+                values=[float(known.metrics[objective.metric]) for objective in self._objectives] if well else None,
+                params=dict(known.config),
+                distributions=_distributions(self._space, known.config),
+                system_attrs=dict(known.attrs),
+            )
+        )
+
+
+def _distributions(space: SearchSpace, knobs: Mapping[str, Any]) -> dict[str, BaseDistribution]:
+    """What the space asks of a trial with these knobs."""
+    trial = FixedTrial(dict(knobs))
+    space.define(trial)
+    return dict(trial.distributions)
+
+
+class _StopBetweenTasks(tune.Stopper):
+    """Stops a trial at a report, when none of its workers live, once a budget is spent."""
+
+    def __init__(self, spent: Callable[[], str]) -> None:
+        self._spent = spent
+
+    def __call__(self, trial_id: str, result: Mapping[str, Any]) -> bool:
+        return bool(result.get(TASKS_LEFT)) and bool(self._spent())
+
+    def stop_all(self) -> bool:
+        """Never: it would stop trials while their workers train."""
+        return False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a search ended: the budget that was spent ("" for the number of trials), and why trials broke off, by number."""
+
+    reason: str
+    errors: Mapping[int, str]
+
+
+def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, ledger: Ledger) -> Ending:
+    """Runs the trials that the ledger does not have yet. Tune's own state lies beside it in tune/."""
+    # Tune's own table of trials would run into our progress lines.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    algorithm = StudySearch(space, plan.objectives, ledger, wanted)
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"cpu": 0, "memory": DRIVER_MEMORY_BYTES})
     results = tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(
-            search_alg=algorithm,
-            metric=objective.metric,
-            mode=objective.mode,
-            num_samples=trials,
-            max_concurrent_trials=concurrency,
-        ),
+        tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=wanted.trials, max_concurrent_trials=concurrency),
         run_config=tune.RunConfig(
-            name="tune", storage_path=str(folder), verbose=0, failure_config=tune.FailureConfig(max_failures=0)
+            name="tune",
+            storage_path=str(ledger.folder),
+            verbose=0,
+            stop=_StopBetweenTasks(algorithm.spent),
+            failure_config=tune.FailureConfig(max_failures=wanted.retries),
         ),
     ).fit()
-    return [
-        TrialResult(result.config or {}, result.metrics or {}, str(result.error).strip() if result.error else "")
-        for result in (results[index] for index in range(len(results)))
-    ]
+    ended = [results[index] for index in range(len(results))]
+    errors = {each.config["number"]: str(each.error).strip() for each in ended if each.config and each.error}
+    return Ending(algorithm.spent(), errors)

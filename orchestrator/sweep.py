@@ -1,8 +1,13 @@
-"""`python -m orchestrator.sweep`: a search space over the cluster, everything in MLflow, the best configuration tested."""
+"""`python -m orchestrator.sweep`: a search space over the cluster, everything in MLflow, the best configuration tested.
+
+The same command with the same --name goes on where it was cut off, in the same MLflow runs.
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
+import io
 import json
 import math
 import sys
@@ -14,32 +19,41 @@ from typing import Any
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import check_weights
 from orchestrator import cli
-from orchestrator.experiment import Experiment, Objective, flatten, override
+from orchestrator.experiment import Experiment, Objective, flatten, override, plain
+from orchestrator.ledger import COMPUTED, Ledger, Trial, held
 from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
-from orchestrator.search import SAMPLERS, Plan, TrialResult, mean_over_seeds, search
-from orchestrator.store import StoredBackend
+from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
+from orchestrator.store import StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
 from orchestrator.tracker import Tracker, record_of, tags_of, tracking_uri
 
 
 @dataclass
 class TrialLog:
-    """Handles a sweep's events in the driver: prints progress and writes MLflow, one writer for all trials.
+    """Handles a sweep's events in the driver: prints progress, writes MLflow and the ledger, one writer for all trials.
 
-    An event that MLflow does not take stays in the queue and is tried again with the next; `finish` raises what stays.
+    An event that MLflow does not take stays in the queue and is tried again with the next; `finish` raises what stays. The
+    ledger hears of an event after MLflow, so that a sweep that goes on repeats what MLflow may not have, and no more.
     """
 
     tracker: Tracker
-    parent: str
+    ledger: Ledger
     progress: Progress
-    _runs: dict[int, str] = field(default_factory=dict)  # trial -> run id
-    _streams: dict[tuple[int, int], str] = field(default_factory=dict)  # (trial, seed) -> run id
-    _ended: set[int] = field(default_factory=set)
+    retries: int = 0
+    _attempts: dict[int, int] = field(default_factory=dict)  # trial -> how often it started
+    _open: set[int] = field(default_factory=set)  # trials whose runs are open
     _queue: list[Event] = field(default_factory=list)
     _error: Exception | None = None
 
     def __call__(self, event: Event) -> None:
+        if event["kind"] == "start":
+            self._attempts[event["trial"]] = self._attempts.get(event["trial"], 0) + 1
+        if event["kind"] == "trial" and event["status"] == "FAILED" and not event["final"]:
+            attempt = self._attempts.get(event["trial"], 0)
+            if attempt <= self.retries:
+                self.progress.line(f"{event['label']}: {event['text']}; trying again, {attempt} of {self.retries}")
+                return
         if event["kind"] in ("steps", "epoch", "note", "task", "trial"):
             self.progress(event)
         if event["kind"] in ("start", "task", "report", "trial"):
@@ -59,152 +73,334 @@ class TrialLog:
             self._error = None
             self._queue.pop(0)
 
-    def finish(self, status: str) -> None:
-        """Ends every run that is still open with `status`. Raises what MLflow could not take."""
+    def finish(self, errors: Mapping[int, str]) -> None:
+        """Ends every run that is still open: FAILED where there is an error by the trial's number, else KILLED.
+
+        Raises what MLflow could not take.
+        """
         self.flush()
         if self._error is not None:
             raise self._error
-        for number in set(self._runs) - self._ended:
-            self._end(number, status)
+        for number, error in errors.items():  # a trial whose driver died never said how it ended
+            if self.ledger.trials[number].state == "RUNNING":
+                self._fail(number, error)
+        for number in sorted(self._open):
+            self._end(number, "KILLED")
 
     def _write(self, event: Event) -> None:
-        kind, number = event["kind"], event.get("trial", 0)
-        if kind == "start" and number not in self._runs:
-            experiment: Experiment = event["experiment"]
-            name = _trial_name(number, event["config"])
-            self._runs[number] = self.tracker.start(name, "trial", flatten(experiment), self.parent, tags_of(experiment))
-            for seed in experiment.seeds:
-                self._streams[number, seed] = self.tracker.stream(
-                    experiment, seed, f"trial {number} seed {seed}", self._runs[number]
-                )
+        kind, number = event["kind"], event["trial"]
+        if kind == "start":
+            if number not in self._open:
+                self._begin(number, event["experiment"])
         elif kind == "task":
-            self.tracker.record(self._streams[number, event["seed"]], event["record"])
+            stream = self.ledger.trials[number].streams[str(event["seed"])]
+            if self._is_new(number, stream, event["task"]):
+                self.tracker.record(stream, event["record"])
+                self._logged(number, stream, event["task"])
         elif kind == "report":
-            self.tracker.metrics(self._runs[number], event["metrics"], event["task"])
+            run = self.ledger.trials[number].run
+            if self._is_new(number, run, event["task"]):
+                self.tracker.metrics(run, event["metrics"], event["task"])
+            self._logged(number, run, event["task"], metrics=event["metrics"])
         elif kind == "trial":
             if event["status"] == "FAILED":
-                self.tracker.tag(self._runs[number], {"failure": event["text"][:4000]})
-            self._end(number, event["status"])
+                self._fail(number, event["error"])
+            else:
+                self._end(number, "FINISHED")
+                self.ledger.change(number, state="FINISHED")
+
+    def _begin(self, number: int, experiment: Experiment) -> None:
+        """Opens the runs of a trial and its streams: those it has, or new ones."""
+        trial = self.ledger.trials[number]
+        tags = {"trial": str(number)}
+        run = trial.run or self.tracker.child(self.ledger.parent, tags)
+        if run:
+            self.tracker.resume(run)
+        else:
+            name = _trial_name(number, trial.config)
+            run = self.tracker.start(name, "trial", flatten(experiment), self.ledger.parent, {**tags_of(experiment), **tags})
+        self.ledger.change(number, run=run)
+        for seed in experiment.seeds:
+            stream = trial.streams.get(str(seed)) or self.tracker.child(run, {"seed": str(seed)})
+            if stream:
+                self.tracker.resume(stream)
+            else:
+                stream = self.tracker.stream(experiment, seed, f"trial {number} seed {seed}", run)
+            self.ledger.change(number, streams={**self.ledger.trials[number].streams, str(seed): stream})
+        self._open.add(number)
+
+    def _is_new(self, number: int, run: str, task: int) -> bool:
+        return task > self.ledger.trials[number].logged.get(run, -1)
+
+    def _logged(self, number: int, run: str, task: int, **changes: Any) -> None:
+        logged = self.ledger.trials[number].logged
+        self.ledger.change(number, logged={**logged, run: max(task, logged.get(run, -1))}, **changes)
+
+    def _fail(self, number: int, error: str) -> None:
+        if run := self.ledger.trials[number].run:
+            self.tracker.tag(run, {"failure": error[:4000]})
+            self._end(number, "FAILED")
+        self.ledger.change(number, state="FAILED", error=error)
 
     def _end(self, number: int, status: str) -> None:
-        for (trial, _), stream in self._streams.items():
-            if trial == number:
-                self.tracker.end(stream, status)
-        self.tracker.end(self._runs[number], status)
-        self._ended.add(number)
+        trial = self.ledger.trials[number]
+        for run in (*trial.streams.values(), trial.run):
+            self.tracker.end(run, status)
+        self._open.discard(number)
 
 
 def sweep() -> int:
     """The verb; 0, or 1 where a trial failed."""
     made = cli.parser("sweep", "Search a space's open knobs on a Ray cluster, with everything logged to MLflow.")
     made.add_argument("--trials", type=int, default=8, help="trials of the search (%(default)s)")
-    made.add_argument("--name", default=None, help="name of the sweep (the space's name, numbered)")
+    made.add_argument("--name", default=None, help="name of the sweep; one that is there goes on (the space's name, numbered)")
+    made.add_argument("--fresh", action="store_true", help="forget what was done under --name; the store is kept")
     made.add_argument("--sampler", choices=SAMPLERS, default="gp", help="Optuna's sampler (%(default)s)")
     made.add_argument("--search-seed", type=int, default=0, help="seed of the sampler (%(default)s)")
+    made.add_argument("--retries", type=int, default=1, help="of a trial that failed, not for its input (%(default)s)")
+    made.add_argument("--wall-clock", type=float, metavar="SECONDS", help="end the search after this time of this command")
+    made.add_argument("--worker-seconds", type=float, metavar="SECONDS", help="end it when workers computed for this long")
+    made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
+    made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
     arguments = made.parse_args()
-    if arguments.trials < 1:
-        raise InputError(f"--trials must be at least 1, not {arguments.trials}")
+    wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
-    knobs = cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define))
+    space = cli.SearchSpace(space.name, experiment, space.objectives, space.define)
+    knobs = cli.open_knobs(space)
     if not knobs:
         raise InputError(f"search space {space.name} opens no knob; use python -m orchestrator.run {space.name}")
     outputs = cli.outputs_folder(arguments.outputs)
     experiment.benchmark.check()
-    tracking = tracking_uri(outputs)
-    tracker = Tracker(tracking, outputs / "artifacts")
-    folder = cli.new_folder(outputs / "sweeps", arguments.name, space.name)
-    objective = space.objectives[0]
-    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, arguments.trials, objective.mode)
-    progress.line(f"{space.name}: {arguments.trials} trials over {', '.join(knobs)}; results: {folder}")
-    progress.line(f"MLflow: {tracker.open_hint}")
+    tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
+    folder = cli.run_folder(outputs / "sweeps", arguments.name, space.name)
+    with held(folder, arguments.fresh):
+        ledger = Ledger.open(folder, plan_of(space, wanted))
+        progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, space.objectives[0].mode)
+        progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
+        progress.line(f"MLflow: {tracker.open_hint}")
+        failed = _Sweep(space, wanted, outputs, tracker, ledger, progress).run(arguments.verbose)
+    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
+    return 1 if failed else 0
 
-    with connected(arguments.verbose) as cluster:
-        concurrency = min(cluster.concurrent_jobs(experiment.resources), arguments.trials)
-        progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
-        parent = tracker.start(folder.name, "sweep", flatten(experiment), tags={**tags_of(experiment), "space": space.name})
-        tracker.artifact(parent, "config.json", {"command": sys.argv, "knobs": list(knobs), **flatten(experiment)})
-        backend = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
-        store = StoredBackend(backend, outputs / "store")
-        plan = Plan(experiment, space.objectives, backend, outputs / "store")
-        log = TrialLog(tracker, parent, progress)
+
+def search_of(arguments: argparse.Namespace) -> Search:
+    """How to search, from the command line. InputError for numbers out of range."""
+    for name, least in (("trials", 1), ("retries", 0), ("search_seed", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(arguments, name)}")
+    if arguments.fresh and arguments.name is None:
+        raise InputError("--fresh starts a sweep of a given --name anew; without --name every sweep is a new one")
+    budgets = Budgets(arguments.wall_clock, arguments.worker_seconds, arguments.target, arguments.plateau)
+    return Search(arguments.trials, arguments.sampler, arguments.search_seed, arguments.retries, budgets)
+
+
+def plan_of(space: cli.SearchSpace, wanted: Search) -> dict[str, Any]:
+    """What must stay the same where a sweep goes on: all that its numbers follow from, but not how many or where."""
+    fields = flatten(space.base).items()
+    return {
+        "space": space.name,
+        "knobs": described(space),
+        "objectives": plain(space.objectives),
+        "sampler": wanted.sampler,
+        "search_seed": wanted.seed,
+        "experiment": plain({path: value for path, value in fields if not path.startswith("resources.")}),
+        "splits": list(space.base.benchmark.splits()),
+        "data": space.base.benchmark.fingerprint(),
+        "code": code_version(),
+    }
+
+
+@dataclass(frozen=True)
+class _Sweep:
+    """A sweep from what its ledger knows to its end."""
+
+    space: cli.SearchSpace
+    wanted: Search
+    outputs: Path
+    tracker: Tracker
+    ledger: Ledger
+    progress: Progress
+
+    def run(self, verbose: bool) -> bool:
+        """Runs what is left, and concludes; whether a trial failed."""
+        ledger, objective = self.ledger, self.space.objectives[0]
+        for number, trial in sorted(ledger.trials.items()):
+            if trial.state != "RUNNING":
+                told = f"{objective.metric} {trial.metrics[objective.metric]:.4f}" if not trial.error else trial.error
+                value = None if trial.error else trial.metrics[objective.metric]
+                self.progress({"kind": "trial", "trial": number, "label": f"trial {number}", "text": f"before: {told}",
+                               "value": value})  # fmt: skip
+        ended = [trial for trial in ledger.trials.values() if trial.state != "RUNNING"]
+        reason = ""
+        if len(ended) < max(self.wanted.trials, len(ledger.trials)) or ledger.tested != (
+            best_of(ledger.trials, objective) or 0
+        ):
+            with connected(verbose) as cluster:
+                concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
+                self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
+                reason = self._compute(concurrency)
+        elif not ledger.parent:
+            self._begin()
+        try:
+            failed = conclude(self.space.objectives, ledger, self.tracker, reason)
+        except BaseException:
+            self.tracker.end(ledger.parent, "KILLED")
+            raise
+        best = best_of(ledger.trials, objective)
+        self.tracker.end(ledger.parent, "FINISHED" if best is not None else "FAILED")
+        self.progress.line("done")
+        return failed
+
+    def _begin(self) -> None:
+        """Opens the sweep's run in MLflow: the one it has, or a new one."""
+        if self.ledger.parent:
+            self.tracker.resume(self.ledger.parent)
+            return
+        experiment = self.space.base
+        tags = {**tags_of(experiment), "space": self.space.name}
+        parent = self.tracker.start(self.ledger.folder.name, "sweep", flatten(experiment), tags=tags)
+        self.ledger.update(parent=parent)
+        self.tracker.artifact(parent, "config.json", {"command": sys.argv, **self.ledger.plan})
+
+    def _compute(self, concurrency: int) -> str:
+        """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""
+        space, ledger, progress, experiment = self.space, self.ledger, self.progress, self.space.base
+        self._begin()
+        backend = RayBackend(self.outputs / "data", self.outputs / "scratch", experiment.resources, new_mailbox())
+        store = StoredBackend(backend, self.outputs / "store")
+        plan = Plan(experiment, space.objectives, backend, self.outputs / "store")
+        log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
         try:
             with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
                 progress.line(f"preparing {experiment.benchmark.name}")
                 check_weights(experiment.network)
                 store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
                 progress.line(f"{experiment.benchmark.name} is ready")
-                results = search(space, plan, arguments.trials, concurrency, arguments.sampler, arguments.search_seed, folder)
-                best = best_of(results, objective)
-                if best is not None:
+                ending = search(space, plan, self.wanted, concurrency, ledger)
+            log.finish(ending.errors)
+            best = best_of(ledger.trials, space.objectives[0])
+            if best is not None and best != ledger.tested:
+                with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
                     progress.line("testing the best configuration, and it alone")
-                    test(override(experiment, best.config), store, tracker, parent, progress)
-            log.finish("FAILED")  # a trial that never said how it ended
+                    test(override(experiment, ledger.trials[best].config), best, store, self.tracker, ledger, progress)
         except BaseException:
-            log.finish("KILLED")
-            tracker.end(parent, "KILLED")
+            try:
+                log.finish({})
+            finally:
+                self.tracker.end(ledger.parent, "KILLED")
             raise
-        conclude(objective, results, best, folder, tracker, parent)
-        tracker.end(parent, "FINISHED" if best is not None else "FAILED")
-    progress.line("done")
-    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
-    return 1 if any(result.error for result in results) else 0
+        return ending.reason
 
 
-def test(experiment: Experiment, store: StoredBackend, tracker: Tracker, parent: str, progress: Progress) -> None:
-    """Evaluates the chosen configuration, and it alone, on the test splits; the means over seeds go to the parent run."""
+def test(
+    experiment: Experiment, number: int, store: StoredBackend, tracker: Tracker, ledger: Ledger, progress: Progress
+) -> None:
+    """Evaluates the chosen trial's configuration, and it alone, on the test splits; the means over seeds go to the parent."""
     splits = [split for split in experiment.benchmark.splits() if split.startswith("test")]
-    runs = {seed: tracker.stream(experiment, seed, f"best seed {seed}", parent) for seed in experiment.seeds}
+    runs: dict[int, str] = {}
+    for seed in experiment.seeds:
+        name = f"{number} {seed}"
+        if name in ledger.test_runs:
+            tracker.resume(ledger.test_runs[name])
+        else:
+            run = tracker.stream(experiment, seed, f"best seed {seed}", ledger.parent)
+            ledger.update(test_runs={**ledger.test_runs, name: run})
+        runs[seed] = ledger.test_runs[name]
     streams = [run_stream(experiment, seed, store, ("val", *splits), label="best ") for seed in experiment.seeds]
     for outcomes in zip(*streams, strict=True):
         for outcome in outcomes:
             tracker.record(runs[outcome.seed], record_of(outcome))
             progress.line(f"best: {outcome.headline()}")
-        tracker.metrics(parent, mean_over_seeds(outcomes), outcomes[0].task.index)
+        tracker.metrics(ledger.parent, mean_over_seeds(outcomes), outcomes[0].task.index)
     for run in runs.values():
         tracker.end(run)
+    ledger.update(tested=number)
 
 
-def best_of(results: Sequence[TrialResult], objective: Objective) -> TrialResult | None:
-    """The trial with the best objective among those that ended well; None where none did."""
-    ended = [result for result in results if not result.error and objective.metric in result.metrics]
-    return min(ended, key=lambda result: _rank(result.metrics, objective), default=None)
+def best_of(trials: Mapping[int, Trial], objective: Objective) -> int | None:
+    """The number of the trial with the best objective among those that ended well; None where none did."""
+    costs = {number: _cost(trial, objective) for number, trial in sorted(trials.items())}
+    ended = [number for number, cost in costs.items() if math.isfinite(cost)]
+    return min(ended, key=lambda number: costs[number], default=None)
 
 
-def _rank(metrics: Mapping[str, Any], objective: Objective) -> float:
-    """Smaller is better; a row without the metric comes last."""
-    if objective.metric not in metrics:
+def pareto_front(trials: Mapping[int, Trial], objectives: Sequence[Objective]) -> list[int]:
+    """The numbers of the trials that ended well and that no other one beats in one objective and equals in the rest.
+
+    Best by the first objective first.
+    """
+    costs = {number: [_cost(trial, objective) for objective in objectives] for number, trial in sorted(trials.items())}
+    ended = {number: cost for number, cost in costs.items() if all(math.isfinite(value) for value in cost)}
+
+    def beaten(number: int) -> bool:
+        mine = ended[number]
+        return any(
+            other != mine and all(theirs <= ours for theirs, ours in zip(other, mine, strict=True)) for other in ended.values()
+        )
+
+    return sorted((number for number in ended if not beaten(number)), key=lambda number: ended[number])
+
+
+def _cost(trial: Trial, objective: Objective) -> float:
+    """Smaller is better; infinite for a trial that did not end well."""
+    if trial.state != "FINISHED" or objective.metric not in trial.metrics:
         return math.inf
-    return float(metrics[objective.metric]) * (-1 if objective.mode == "max" else 1)
+    return float(trial.metrics[objective.metric]) * (-1 if objective.mode == "max" else 1)
 
 
-def conclude(
-    objective: Objective,
-    results: Sequence[TrialResult],
-    best: TrialResult | None,
-    folder: Path,
-    tracker: Tracker,
-    parent: str,
-) -> None:
-    """Writes and prints the table of trials and the best configuration."""
-    metric = objective.metric
-    knobs = sorted({name for result in results for name in result.config})
-    columns = [*knobs, metric, "val/miou/old", "val/miou/new", "val/miou/foreground", "error"]
-    rows = [{**result.config, **result.metrics, "error": result.error} for result in results]
-    rows.sort(key=lambda row: (bool(row["error"]), _rank(row, objective)))
-    with open(folder / "trials.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    tracker.artifact(parent, "trials.csv", (folder / "trials.csv").read_text())
-    print("\n" + _table(columns, rows) + "\n", flush=True)
+def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, reason: str) -> bool:
+    """Writes and prints the table of trials, the best configuration and, of several objectives, the Pareto front.
+
+    Whether a trial failed. `reason` is the budget that ended the search, "" for the number of trials.
+    """
+    ended = {number: trial for number, trial in sorted(ledger.trials.items()) if trial.state != "RUNNING"}
+    metrics = [objective.metric for objective in objectives]
+    knobs = sorted({name for trial in ended.values() for name in trial.config})
+    columns = ["trial", *knobs, *dict.fromkeys([*metrics, "val/miou/old", "val/miou/new", "val/miou/foreground"]), "error"]
+    order = sorted(ended, key=lambda number: (_cost(ended[number], objectives[0]), number))
+    rows = {number: {"trial": number, **ended[number].config, **ended[number].metrics, "error": ended[number].error}
+            for number in order}  # fmt: skip
+    _keep(ledger, tracker, "trials.csv", _csv(columns, list(rows.values())))
+    print("\n" + _table(columns, list(rows.values())) + "\n", flush=True)
+    stopped = len(ledger.trials) - len(ended)
+    why = reason or f"all {len(ledger.trials)} trials were run"
+    more = f"; {stopped} trials were stopped between tasks, a larger budget goes on with them" if stopped else ""
+    print(f"the search ended: {why}{more}", flush=True)
+    reused = sum(float(trial.metrics.get("reused_worker_seconds", 0)) for trial in ledger.trials.values())
+    computed = sum(float(trial.metrics.get(COMPUTED, 0)) for trial in ledger.trials.values())
+    print(f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused", flush=True)
+    tracker.tag(ledger.parent, {"ended": why})
+    if len(objectives) > 1:
+        front = pareto_front(ended, objectives)
+        _keep(ledger, tracker, "pareto.csv", _csv(columns, [rows[number] for number in front]))
+        for number, trial in ended.items():
+            if trial.run:
+                tracker.tag(trial.run, {"pareto": str(number in front).lower()})
+        print(f"Pareto front of {', '.join(metrics)}:", flush=True)
+        print(_table(["trial", *knobs, *metrics], [rows[number] for number in front]) + "\n", flush=True)
+    best = best_of(ended, objectives[0])
     if best is None:
         print("no trial ended well", flush=True)
-        return
-    content = {"config": dict(best.config), metric: best.metrics[metric]}
-    (folder / "best.json").write_text(json.dumps(content, indent=1))
-    tracker.artifact(parent, "best.json", content)
-    shown = " ".join(f"--set {name}={value}" for name, value in best.config.items())
-    print(f"best: {metric} {best.metrics[metric]:.4f} with {shown}", flush=True)
+    else:
+        config, value = dict(ended[best].config), ended[best].metrics[metrics[0]]
+        _keep(ledger, tracker, "best.json", json.dumps({"config": config, metrics[0]: value}, indent=1))
+        shown = " ".join(f"--set {name}={setting}" for name, setting in config.items())
+        print(f"best: {metrics[0]} {value:.4f} with {shown}", flush=True)
+    return any(trial.state == "FAILED" for trial in ended.values())
+
+
+def _keep(ledger: Ledger, tracker: Tracker, name: str, content: str) -> None:
+    """Writes a file beside the ledger and into the sweep's run."""
+    write_atomically(ledger.folder / name, content.encode())
+    tracker.artifact(ledger.parent, name, content)
+
+
+def _csv(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _table(columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -185,6 +185,13 @@ class Tracker:
             return f"open {without_password(self.uri)}"
         return f"make ui (or: mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)})"
 
+    def child(self, parent: str, tags: Mapping[str, str]) -> str:
+        """The run below `parent` that has these tags, "" where there is none: begun by a process that could not note its id."""
+        wanted = {"mlflow.parentRunId": parent, **tags}
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in wanted.items())
+        found = self._client.search_runs([self.experiment_id], query, max_results=1)
+        return str(found[0].info.run_id) if found else ""
+
     def resume(self, run_id: str) -> None:
         """Sets a run that was cut off to running again. InputError where there is no such run."""
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,22 +17,34 @@ from mlflow.tracking import MlflowClient
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
 
 TRIALS = 3
+# As many trials as are drawn before a model of the objective decides: the order in which they end cannot matter.
+SHORT = ("--set", "schedule.base_epochs=2", "--set", "schedule.epochs=2")
+COMMAND = ("--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *SHORT)
 ROOT = Path(__file__).parents[2]
 
 
-def sweep(outputs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def started(outputs: Path, *arguments: str, space: str = "tones") -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", "tones", "--outputs", str(outputs), *arguments],
-        cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False,
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator.sweep", space, "--outputs", str(outputs), *arguments],
+        cwd=ROOT, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def sweep(outputs: Path, *arguments: str, space: str = "tones") -> subprocess.CompletedProcess[str]:
+    with started(outputs, *arguments, space=space) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=500)
+        except BaseException:
+            process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     outputs = tmp_path_factory.mktemp("outputs")
-    short = ("--set", "schedule.base_epochs=2", "--set", "schedule.epochs=2")
-    return outputs, sweep(outputs, "--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *short)
+    return outputs, sweep(outputs, *COMMAND)
 
 
 def runs(outputs: Path, kind: str) -> list[Run]:
@@ -114,6 +127,53 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_says_so(
     assert "loss is not finite" in trial.data.tags["failure"]
     assert {run.info.status for run in runs(tmp_path, "stream")} == {"FAILED"}
     assert runs(tmp_path, "sweep")[0].info.status == "FAILED"
+
+
+def test_a_sweep_killed_in_the_middle_goes_on_and_ends_like_an_undisturbed_one(
+    done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    process = started(tmp_path, *COMMAND)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if f"1/{TRIALS} trials done" in line:
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ledger = json.loads((tmp_path / "sweeps" / "toy" / "sweep.json").read_text())
+    ended = [number for number, trial in ledger["trials"].items() if trial["state"] == "FINISHED"]
+    assert len(ended) < TRIALS
+    again = sweep(tmp_path, *COMMAND)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert [number for number in ledger["trials"] if f"trial {number}: before" in again.stdout] == ended
+    undisturbed, _ = done
+    ours, theirs = ((root / "sweeps" / "toy" / "trials.csv").read_text() for root in (tmp_path, undisturbed))
+    assert ours == theirs
+    (parent,) = runs(tmp_path, "sweep")
+    trials = runs(tmp_path, "trial")
+    assert sorted(trial.data.tags["trial"] for trial in trials) == ["1", "2", "3"]
+    streams = runs(tmp_path, "stream")
+    assert len(streams) == TRIALS + 1  # and the best one on test
+    assert {run.info.status for run in (parent, *trials, *streams)} == {"FINISHED"}
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    for run in (*trials, *streams):
+        assert [point.step for point in client.get_metric_history(run.info.run_id, "val/miou/all")] == [0, 1]
+
+
+def test_a_finished_sweep_has_nothing_to_do_and_another_configuration_is_refused(
+    done: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    outputs, first = done
+    before = (outputs / "sweeps" / "toy" / "trials.csv").read_text()
+    again = sweep(outputs, *COMMAND, "--set", "resources.cpus_per_worker=2")  # resources never change a result
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Ray cluster" in first.stdout
+    assert "Ray cluster" not in again.stdout
+    assert (outputs / "sweeps" / "toy" / "trials.csv").read_text() == before
+    assert len(runs(outputs, "trial")) == TRIALS
+    assert runs(outputs, "sweep")[0].info.status == "FINISHED"
+    other = sweep(outputs, *COMMAND, "--set", "schedule.epochs=3")
+    assert other.returncode == 2
+    assert "'toy' was begun with another configuration: experiment.schedule.epochs: 2 -> 3" in other.stderr
 
 
 def test_more_workers_than_the_cluster_has(tmp_path: Path) -> None:

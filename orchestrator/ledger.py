@@ -1,0 +1,156 @@
+"""What a sweep has done so far, on disk: the same command with the same --name goes on from it.
+
+One JSON file in the sweep's folder, written as a whole after every change: the plan, the MLflow runs, and every trial with its
+knobs, its state and its last metrics. Its trials are what Optuna is told of when the sweep goes on.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cavs_model.errors import InputError
+from orchestrator.store import write_atomically
+
+LEDGER_FILE = "sweep.json"
+LOCK_FILE = "lock"
+SHOWN_DIFFERENCES = 5
+
+# RUNNING is also the state of a trial that was cut off. FAILED is final: it failed as often as it may, or would fail again.
+State = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
+COMPUTED = "computed_worker_seconds"  # a trial's metric: what it cost, without what the store had
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a sweep."""
+
+    config: Mapping[str, Any]  # knobs by field path
+    state: State = "RUNNING"
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # of its last report
+    error: str = ""
+    attrs: Mapping[str, Any] = field(default_factory=dict)  # what the sampler noted of it
+    earlier_seconds: float = 0.0  # worker-seconds computed before the sweep was cut off
+    run: str = ""  # in MLflow
+    streams: Mapping[str, str] = field(default_factory=dict)  # seed -> run in MLflow
+    logged: Mapping[str, int] = field(default_factory=dict)  # run in MLflow -> its last task that was logged
+
+    @property
+    def worker_seconds(self) -> float:
+        """What it made workers compute, over all attempts that reported."""
+        return self.earlier_seconds + float(self.metrics.get(COMPUTED, 0.0))
+
+
+@dataclass
+class Ledger:
+    """The state of a sweep. Every change is on disk when the call returns; threads may share it."""
+
+    folder: Path
+    plan: Mapping[str, Any]
+    parent: str = ""  # run in MLflow
+    tested: int = 0  # the trial whose configuration was evaluated on test, 0 for none
+    test_runs: dict[str, str] = field(default_factory=dict)  # "trial seed" -> run in MLflow
+    trials: dict[int, Trial] = field(default_factory=dict)  # by number, from 1
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+
+    @staticmethod
+    def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:
+        """The ledger of a sweep that was begun, or a new one. InputError where the folder holds another or no sweep."""
+        plan = json.loads(json.dumps(plan))  # as it will be read again
+        path = folder / LEDGER_FILE
+        if not path.exists():
+            if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+                raise InputError(f"{folder} is there and holds no {LEDGER_FILE}; choose another --name, or use --fresh")
+            return Ledger(folder, plan)
+        try:
+            entry = json.loads(path.read_text())
+            trials = {int(number): Trial(**fields) for number, fields in entry["trials"].items()}
+            found = Ledger(folder, entry["plan"], entry["parent"], entry["tested"], entry["test_runs"], trials)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"damaged file {path} ({error}); delete the folder, or use --fresh") from error
+        refuse_changes(folder.name, found.plan, plan)
+        return found
+
+    def update(self, **changes: Any) -> None:
+        """Changes fields of the sweep."""
+        with self._lock:
+            for name, value in changes.items():
+                setattr(self, name, value)
+            self._save()
+
+    def begin(self, number: int, config: Mapping[str, Any], attrs: Mapping[str, Any]) -> None:
+        """A trial begins, or begins again."""
+        with self._lock:
+            before = self.trials.get(number, Trial(config))
+            spent = before.worker_seconds
+            self.trials[number] = replace(before, state="RUNNING", metrics={}, attrs=attrs, error="", earlier_seconds=spent)
+            self._save()
+
+    def change(self, number: int, **changes: Any) -> None:
+        """Changes fields of a trial."""
+        with self._lock:
+            self.trials[number] = replace(self.trials[number], **changes)
+            self._save()
+
+    def worker_seconds(self) -> float:
+        """What all trials made workers compute."""
+        with self._lock:
+            return sum(trial.worker_seconds for trial in self.trials.values())
+
+    def _save(self) -> None:
+        content = {
+            "plan": self.plan,
+            "parent": self.parent,
+            "tested": self.tested,
+            "test_runs": self.test_runs,
+            "trials": {str(number): asdict(trial) for number, trial in sorted(self.trials.items())},
+        }
+        write_atomically(self.folder / LEDGER_FILE, json.dumps(content, indent=1).encode())
+
+
+def refuse_changes(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """InputError that shows the differences where what was begun under a name is not what is asked for now."""
+    if different := sorted(differences(before, now)):
+        more = len(different) - SHOWN_DIFFERENCES
+        shown = "; ".join(different[:SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")
+        raise InputError(f"--name {name!r} was begun with another configuration: {shown}; use another name or --fresh")
+
+
+def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
+    """Where two plain values differ, as "path: before -> now"."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for key in sorted({*before, *now}):
+            yield from differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+    elif before != now:
+        yield f"{path}: {before!r} -> {now!r}"
+
+
+@contextmanager
+def held(folder: Path, fresh: bool) -> Iterator[None]:
+    """Holds a sweep's folder for this process, emptied first where it is to start anew.
+
+    InputError where another process on this machine has it. The kernel lets go of it when the process dies.
+    """
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"--name {folder.name!r} is running in another process; choose another name") from error
+        if fresh:
+            for entry in folder.iterdir():
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                elif entry.name != LOCK_FILE:
+                    entry.unlink()
+        yield
+    finally:
+        os.close(descriptor)
