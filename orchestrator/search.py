@@ -94,7 +94,7 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
                 text = f"done, {plan.objectives[0].metric} {value:.4f}"
                 post("trial", status="FINISHED", text=text, value=value)
             tune.report(report | {TASKS_LEFT: outcomes[0].num_tasks - 1 - task})
-    except BaseException as error:
+    except Exception as error:  # an interrupt is no failure: the trial goes on with the sweep
         final = isinstance(error, (InputError, DivergedError))
         reason = f"{type(error).__name__}: {error}"
         post("trial", status="FAILED", final=final, text=f"failed: {reason}", error=reason, value=None)
