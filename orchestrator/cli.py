@@ -23,7 +23,7 @@ from orchestrator.experiment import Experiment, Objective, Trial, override, pars
 
 DEFAULT_SPACE = "cmr_collage"
 INPUT_ERROR_STATUS = 2
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run: never a path, so that nothing above its folder is touched
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,7 @@ def outputs_folder(chosen: Path | None) -> Path:
 
 def new_folder(parent: Path, name: str | None, default: str) -> Path:
     """A folder for one run's results: the name given, which must be new, or the default with the next free number."""
-    if name is not None and not re.fullmatch(NAME, name):
-        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
+    check_name(name)
     candidates = [default, *(f"{default}-{number}" for number in range(2, 10_000))] if name is None else [name]
     for candidate in candidates:
         try:
@@ -192,9 +191,14 @@ def new_folder(parent: Path, name: str | None, default: str) -> Path:
 
 def run_folder(parent: Path, name: str | None, default: str) -> Path:
     """The folder of a run that goes on under its name: the one that is there, or a new one. InputError as `new_folder`."""
-    if name is not None and re.fullmatch(NAME, name) and (parent / name).is_dir():
-        return parent / name
-    return new_folder(parent, name, default)
+    check_name(name)
+    return parent / name if name is not None and (parent / name).is_dir() else new_folder(parent, name, default)
+
+
+def check_name(name: str | None) -> None:
+    """InputError for a run's name that is more than a name: as a path it would lead elsewhere."""
+    if name is not None and not re.fullmatch(NAME, name):
+        raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
 
 
 def main(verb: Callable[[], int]) -> int:

@@ -385,6 +385,7 @@ def _numbers(text: str) -> list[int]:
 
 def _folder(parent: Path, name: str | None, default: str, fresh: bool) -> Path:
     """The comparison's folder: that of a name, which may be there, or a new numbered one."""
+    cli.check_name(name)  # before anything is deleted under it
     if name is None:
         found = cli.new_folder(parent, None, default)
         found.rmdir()  # made anew by the ledger

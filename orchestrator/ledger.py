@@ -59,7 +59,7 @@ class Ledger:
     tested: int = 0  # the trial whose configuration was evaluated on test, 0 for none
     test_runs: dict[str, str] = field(default_factory=dict)  # "trial seed" -> run in MLflow
     trials: dict[int, Trial] = field(default_factory=dict)  # by number, from 1
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
     @staticmethod
     def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:

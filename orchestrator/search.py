@@ -23,6 +23,9 @@ import numpy as np
 import optuna
 import ray
 from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, TrialState, create_trial
 from ray import tune
 from ray.tune.search import Searcher
@@ -40,6 +43,8 @@ from orchestrator.tracker import record_of
 Sampler = Literal["tpe", "gp", "nsga2"]
 SAMPLERS = ("tpe", "gp", "nsga2")
 STARTUP_TRIALS = 4  # drawn at random before the model of the objective is trusted
+NUMBER = "trial"  # in the journal, where trials stand in the order in which they ended
+JOURNAL = "study.journal"  # the study as optuna-dashboard reads it, beside the ledger
 GENERATION = ":generation"  # how the attribute ends by which NSGA-II knows a trial's generation
 POPULATION = 8  # of NSGA-II; Optuna's 50 would make a search of this size a random one
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver takes; Tune refuses a trial that asks for nothing
@@ -144,6 +149,17 @@ def _study(directions: Sequence[Literal["maximize", "minimize"]], sampler: optun
     return optuna.create_study(directions=directions, sampler=sampler)
 
 
+def _journal(folder: Path, directions: Sequence[StudyDirection]) -> optuna.Study:
+    """An empty study in a journal file, to which trials are added as they end: `optuna-dashboard FOLDER/study.journal`.
+
+    It is a copy and never read here. One that is there is made anew: a process that was killed may have left half a line.
+    """
+    for leftover in folder.glob(f"{JOURNAL}*"):  # its lock too
+        leftover.unlink()
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    return optuna.create_study(study_name=folder.name, directions=directions, storage=storage)
+
+
 def described(space: SearchSpace) -> dict[str, Any]:
     """The space's knobs with their ranges, as plain values."""
     trial = _study(["maximize"], optuna.samplers.RandomSampler(seed=0)).ask()
@@ -223,6 +239,7 @@ class StudySearch(Searcher):
             ["maximize" if objective.mode == "max" else "minimize" for objective in objectives],
             sampler_of(wanted.sampler, wanted.seed),
         )
+        self._mirror = _journal(ledger.folder, self._study.directions)
         self._waiting = 0  # trials that were cut off
         for number in range(1, max(ledger.trials, default=0) + 1):
             self._tell_of(number)
@@ -248,6 +265,7 @@ class StudySearch(Searcher):
         self._study.sampler = sampler_of(self._wanted.sampler, seed_of_trial(self._wanted.seed, number))
         trial = self._study.ask()
         self._space.define(trial)
+        trial.set_user_attr(NUMBER, number)
         self._asked[trial_id] = trial
         noted = self._study.trials[trial.number].system_attrs
         attrs = {name: value for name, value in noted.items() if name.endswith(GENERATION)}
@@ -266,6 +284,7 @@ class StudySearch(Searcher):
             self._study.tell(trial, values)
         else:
             self._study.tell(trial, state=TrialState.FAIL)
+        self._mirror.add_trial(self._study.trials[trial.number])
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the ledger is what a sweep goes on from."""
@@ -295,8 +314,10 @@ class StudySearch(Searcher):
                 params=dict(known.config),
                 distributions=_distributions(self._space, known.config),
                 system_attrs=dict(known.attrs),
+                user_attrs={NUMBER: number},
             )
         )
+        self._mirror.add_trial(self._study.trials[-1])
 
 
 def _distributions(space: SearchSpace, knobs: Mapping[str, Any]) -> dict[str, BaseDistribution]:

@@ -184,8 +184,15 @@ def test_a_name_is_taken_as_it_is_or_refused(tmp_path):
     with pytest.raises(InputError, match=r"'a\.B_c-1' is taken"):
         cli.new_folder(tmp_path, "a.B_c-1", "x")
     for name in ("", ".", "..", "../up", "a/b", "a b", ".hidden", "-x", "ä", "a\n"):
-        with pytest.raises(InputError, match="use letters, digits"):
-            cli.new_folder(tmp_path, name, "x")
+        for folder_of in (cli.new_folder, cli.run_folder):
+            with pytest.raises(InputError, match="use letters, digits"):
+                folder_of(tmp_path, name, "x")
+
+
+def test_a_run_that_goes_on_has_the_folder_of_its_name(tmp_path):
+    first = cli.run_folder(tmp_path, "mine", "x")
+    assert cli.run_folder(tmp_path, "mine", "x") == first == tmp_path / "mine"
+    assert [cli.run_folder(tmp_path, None, "x").name for _ in range(2)] == ["x", "x-2"]  # without a name each is a new one
 
 
 def test_main_tells_bad_input_in_one_line_with_status_2(capsys):
@@ -283,6 +290,9 @@ def test_bad_input_is_one_line_before_anything_starts(verb, arguments, told, tmp
     ("arguments", "told"),
     [
         (["tones", "--trials", "0"], "--trials must be at least 1"),
+        (["tones", "--retries", "-1"], "--retries must be at least 0"),
+        (["tones", "--plateau", "0"], "--plateau must be positive"),
+        (["tones", "--fresh"], "--fresh starts a sweep of a given --name anew"),
         (["tones", "--trials", "many"], "invalid int value: 'many'"),
         (["tones", "--sampler", "grid"], "choose from"),
         (["tones", "--bogus"], "unrecognized arguments: --bogus"),

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from cavs_model.errors import InputError
 from orchestrator.cli import SearchSpace
 from orchestrator.experiment import Objective
 from orchestrator.ledger import Ledger
-from orchestrator.search import FAILURE, SAMPLERS, STARTUP_TRIALS, TASKS_LEFT, Budgets, Search, StudySearch, described
+from orchestrator.search import FAILURE, JOURNAL, SAMPLERS, STARTUP_TRIALS, TASKS_LEFT, Budgets, Search, StudySearch, described
 from search_spaces import tones
 
 pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
@@ -73,6 +76,22 @@ def test_trials_can_be_added_and_none_is_run_again(tmp_path: Path) -> None:
     assert run(searcher(ledger, 5), ledger)
     assert set(ledger.trials) == {1, 2, 3, 4, 5}
     assert {number: ledger.trials[number] for number in before} == before
+
+
+def test_the_journal_shows_every_trial_that_ended_once(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path, {})
+    run(searcher(ledger, 5), ledger, stop_after=2)
+    assert [trial.values for trial in journal(tmp_path)] == [[value_of(ledger.trials[n].config)] for n in (1, 2)]
+    with open(tmp_path / JOURNAL, "a") as file:
+        file.write('{"op_code": 4')  # as a killed process leaves it
+    ledger = Ledger.open(tmp_path, {})
+    run(searcher(ledger, 5), ledger)
+    assert [trial.params for trial in journal(tmp_path)] == [trial.config for trial in ledger.trials.values()]
+
+
+def journal(folder: Path) -> list[optuna.trial.FrozenTrial]:
+    storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    return optuna.load_study(study_name=folder.name, storage=storage).trials
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""What a sweep remembers, and what the driver makes of its trials' events."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cavs_model.errors import InputError
+from orchestrator.experiment import Objective
+from orchestrator.ledger import LEDGER_FILE, Ledger, Trial, held
+from orchestrator.progress import Progress
+from orchestrator.sweep import TrialLog, best_of, pareto_front
+from search_spaces.tones import BASE
+
+PLAN = {"experiment": {"schedule.epochs": 2, "seeds": (0, 1)}, "sampler": "gp"}
+
+
+def test_what_was_noted_is_found_again(tmp_path: Path) -> None:
+    ledger = Ledger.open(tmp_path, PLAN)
+    ledger.update(parent="p", test_runs={"1 0": "t"})
+    ledger.begin(1, {"a": 0.1}, {})
+    ledger.change(1, metrics={"computed_worker_seconds": 3.0}, logged={"r": 1}, run="r")
+    ledger.begin(1, {"a": 0.1}, {})  # cut off and begun again
+    ledger.change(1, metrics={"computed_worker_seconds": 2.0})
+    found = Ledger.open(tmp_path, PLAN)
+    assert found == ledger
+    assert found.trials[1].run == "r"
+    assert found.worker_seconds() == 5.0
+
+
+def test_another_plan_is_refused_with_the_difference(tmp_path: Path) -> None:
+    Ledger.open(tmp_path, PLAN).update(parent="p")
+    other = {**PLAN, "experiment": {"schedule.epochs": 3, "seeds": (0, 1)}}
+    with pytest.raises(
+        InputError, match=r"another configuration: experiment.schedule.epochs: 2 -> 3; use another name or --fresh"
+    ):
+        Ledger.open(tmp_path, other)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"trials": {"x": {}}}'])
+def test_a_damaged_ledger_is_told(content: str, tmp_path: Path) -> None:
+    (tmp_path / LEDGER_FILE).write_text(content)
+    with pytest.raises(InputError, match=f"damaged file {tmp_path / LEDGER_FILE}.*--fresh"):
+        Ledger.open(tmp_path, PLAN)
+
+
+def test_a_folder_that_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match=r"holds no sweep\.json"):
+        Ledger.open(tmp_path, PLAN)
+
+
+def test_one_process_at_a_time_and_fresh_forgets(tmp_path: Path) -> None:
+    with held(tmp_path, fresh=False):
+        Ledger.open(tmp_path, PLAN).update(parent="p")
+        (tmp_path / "tune").mkdir()
+        with pytest.raises(InputError, match="is running in another process"), held(tmp_path, fresh=True):
+            pass
+        assert (tmp_path / LEDGER_FILE).exists()
+    with held(tmp_path, fresh=True):
+        assert Ledger.open(tmp_path, {"another": "plan"}).parent == ""
+        assert not (tmp_path / "tune").exists()
+
+
+class Recorder:
+    """A tracker that notes what it was told; the next call of a name in `broken` fails."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.broken: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> str:
+            if name in self.broken:
+                self.broken.remove(name)
+                raise OSError("no server")
+            self.calls.append((name, *arguments))
+            return {"child": ""}.get(name, f"run {len(self.calls)}")
+
+        return call
+
+    def named(self, name: str) -> list[tuple[Any, ...]]:
+        return [call[1:] for call in self.calls if call[0] == name]
+
+
+def event(kind: str, **fields: Any) -> dict[str, Any]:
+    return {"kind": kind, "trial": 1, "label": "trial 1", "text": "text", **fields}
+
+
+START = event("start", experiment=BASE, config={})
+FAILED = event("trial", status="FAILED", final=False, error="a worker died", value=None)
+
+
+def log_of(folder: Path, retries: int) -> tuple[TrialLog, Recorder, io.StringIO]:
+    ledger, tracker, out = Ledger(folder, {}), Recorder(), io.StringIO()
+    ledger.begin(1, {"method.samples_per_class": 1}, {})
+    progress = Progress(out, (1.0, 1.0), (0,), 1)
+    return TrialLog(tracker, ledger, progress, retries), tracker, out  # type: ignore[arg-type]
+
+
+def test_a_failed_trial_is_tried_again_as_often_as_told(tmp_path: Path) -> None:
+    log, tracker, out = log_of(tmp_path, retries=1)
+    for each in (START, FAILED, START):
+        log(each)
+    assert log.ledger.trials[1].state == "RUNNING"
+    assert "trying again, 1 of 1" in out.getvalue()
+    assert len(tracker.named("start")) == 1  # one run for both attempts
+    log(FAILED)
+    assert log.ledger.trials[1].state == "FAILED"
+    assert log.ledger.trials[1].error == "a worker died"
+    assert {call[1] for call in tracker.named("end")} == {"FAILED"}
+
+
+def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:
+    log, _, _ = log_of(tmp_path, retries=5)
+    log(START)
+    log({**FAILED, "final": True})
+    assert log.ledger.trials[1].state == "FAILED"
+
+
+def test_a_trial_whose_driver_died_is_failed_and_one_that_was_stopped_goes_on(tmp_path: Path) -> None:
+    log, tracker, _ = log_of(tmp_path, retries=0)
+    log(START)
+    log.finish({1: "the actor died"})
+    assert (log.ledger.trials[1].state, log.ledger.trials[1].error) == ("FAILED", "the actor died")
+    log, tracker, _ = log_of(tmp_path, retries=0)
+    log(START)
+    log.finish({})
+    assert log.ledger.trials[1].state == "RUNNING"
+    assert {call[1] for call in tracker.named("end")} == {"KILLED"}
+
+
+def test_what_mlflow_has_is_not_logged_again_and_what_it_refused_is(tmp_path: Path) -> None:
+    log, tracker, _ = log_of(tmp_path, retries=0)
+    log(START)
+    report = event("report", metrics={"x": 1.0}, task=0)
+    log(report)
+    tracker.broken = {"metrics"}
+    log({**report, "task": 1, "metrics": {"x": 2.0}})
+    assert json.loads((tmp_path / LEDGER_FILE).read_text())["trials"]["1"]["metrics"] == {"x": 1.0}  # MLflow first
+    log(report)  # as of a trial that began again
+    assert [call[1:] for call in tracker.named("metrics")] == [({"x": 1.0}, 0), ({"x": 2.0}, 1)]
+
+
+def trial(state: Any = "FINISHED", **metrics: float) -> Trial:
+    return Trial({}, state, metrics)
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    objectives = (Objective("score", "max"), Objective("bytes", "min"))
+    trials = {
+        1: trial(score=0.5, bytes=10.0),
+        2: trial(score=0.5, bytes=20.0),  # beaten by 1
+        3: trial(score=0.9, bytes=90.0),
+        4: trial(score=0.1, bytes=10.0),  # beaten by 1
+        5: trial(score=0.5, bytes=10.0),  # equals 1
+        6: trial("FAILED", score=2.0, bytes=1.0),
+        7: trial("RUNNING", score=2.0, bytes=1.0),
+        8: trial(score=float("nan"), bytes=0.0),
+    }
+    assert pareto_front(trials, objectives) == [3, 1, 5]
+    assert best_of(trials, objectives[0]) == 3
+    assert best_of(trials, objectives[1]) == 8  # has no score, but that is not asked for
+    assert best_of({}, objectives[0]) is None
