@@ -28,6 +28,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FixedTrial, TrialState, create_trial
 from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
 from cavs_model.errors import InputError, unknown
@@ -216,12 +217,13 @@ class Search:
     seed: int = 0
     retries: int = 1  # of a trial that failed for another reason than its input or a diverged loss
     budgets: Budgets = Budgets()
+    asha: int = 0  # ASHA's reduction factor: of the trials that learned as many tasks, one in so many goes on; 0: all do
 
 
 class StudySearch(Searcher):
     """Optuna's study as Tune's searcher: knobs drawn and trials told, with what the ledger knows told first.
 
-    Trials that were cut off are asked again before new ones are drawn.
+    Trials that were cut off are asked again before new ones are drawn. `post` gets the event of a trial that was pruned.
     """
 
     def __init__(
@@ -230,8 +232,10 @@ class StudySearch(Searcher):
         objectives: Sequence[Objective],
         ledger: Ledger,
         wanted: Search,
+        post: Callable[[Mapping[str, Any]], object] = lambda event: None,
     ) -> None:
         super().__init__()
+        self._post = post
         self._space, self._objectives, self._ledger, self._wanted = space, objectives, ledger, wanted
         self._started = time.monotonic()
         self._asked: dict[str, optuna.Trial] = {}  # by Tune's id
@@ -280,8 +284,16 @@ class StudySearch(Searcher):
         trial = self._asked.pop(trial_id)
         ended = not error and result and FAILURE not in result and result.get(TASKS_LEFT) == 0
         values = [float(result[objective.metric]) for objective in self._objectives] if ended and result else []
+        pruned = self._wanted.asha and not error and result and result.get(TASKS_LEFT) and not self.spent()
         if ended and all(math.isfinite(value) for value in values):
             self._study.tell(trial, values)
+        elif pruned and result:  # Tune's own adapter would tell the value as if it were that of all tasks
+            learned, number = int(result["training_iteration"]), trial.number + 1
+            trial.report(float(result[self._objectives[0].metric]), learned)
+            self._study.tell(trial, state=TrialState.PRUNED)
+            text = f"pruned after {learned} of {learned + result[TASKS_LEFT]} tasks"
+            self._post({"kind": "trial", "trial": number, "label": f"trial {number}", "status": "PRUNED", "text": text,
+                        "value": None})  # fmt: skip
         else:
             self._study.tell(trial, state=TrialState.FAIL)
         self._mirror.add_trial(self._study.trials[trial.number])
@@ -306,10 +318,13 @@ class StudySearch(Searcher):
             self._study.add_trial(create_trial(state=TrialState.WAITING, system_attrs=attrs))
             self._waiting += 1
             return
-        well = known.state == "FINISHED"
+        well, seen = known.state == "FINISHED", {}
+        if known.state == "PRUNED":
+            seen = {known.logged[known.run] + 1: float(known.metrics[self._objectives[0].metric])}
         self._study.add_trial(
             create_trial(
-                state=TrialState.COMPLETE if well else TrialState.FAIL,
+                state=TrialState.COMPLETE if well else TrialState.PRUNED if seen else TrialState.FAIL,
+                intermediate_values=seen,
                 values=[float(known.metrics[objective.metric]) for objective in self._objectives] if well else None,
                 params=dict(known.config),
                 distributions=_distributions(self._space, known.config),
@@ -356,11 +371,20 @@ def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, led
     """Runs the trials that the ledger does not have yet. Tune's own state lies beside it in tune/."""
     # Tune's own table of trials would run into our progress lines.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    algorithm = StudySearch(space, plan.objectives, ledger, wanted)
+    mailbox, objective = plan.backend.mailbox, plan.objectives[0]
+    algorithm = StudySearch(space, plan.objectives, ledger, wanted, lambda event: ray.get(mailbox.post.remote(event)))
+    scheduler = None
+    if wanted.asha:
+        tasks = len(plan.experiment.scenario.class_counts(plan.experiment.benchmark))
+        scheduler = ASHAScheduler(
+            metric=objective.metric, mode=objective.mode, max_t=tasks, grace_period=1, reduction_factor=wanted.asha
+        )
     trainable = tune.with_resources(tune.with_parameters(run_trial, plan=plan), {"cpu": 0, "memory": DRIVER_MEMORY_BYTES})
     results = tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(search_alg=algorithm, num_samples=wanted.trials, max_concurrent_trials=concurrency),
+        tune_config=tune.TuneConfig(
+            search_alg=algorithm, scheduler=scheduler, num_samples=wanted.trials, max_concurrent_trials=concurrency
+        ),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(ledger.folder),

@@ -106,8 +106,10 @@ class TrialLog:
             if event["status"] == "FAILED":
                 self._fail(number, event["error"])
             else:
+                if event["status"] == "PRUNED":  # no status of MLflow's
+                    self.tracker.tag(self.ledger.trials[number].run, {"state": "PRUNED"})
                 self._end(number, "FINISHED")
-                self.ledger.change(number, state="FINISHED")
+                self.ledger.change(number, state=event["status"])
 
     def _begin(self, number: int, experiment: Experiment) -> None:
         """Opens the runs of a trial and its streams: those it has, or new ones."""
@@ -160,12 +162,16 @@ def sweep() -> int:
     made.add_argument("--retries", type=int, default=1, help="of a trial that failed, not for its input (%(default)s)")
     made.add_argument("--wall-clock", type=float, metavar="SECONDS", help="end the search after this time of this command")
     made.add_argument("--worker-seconds", type=float, metavar="SECONDS", help="end it when workers computed for this long")
+    made.add_argument("--asha", type=int, default=0, metavar="N",
+                      help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on (0: none is pruned)")  # fmt: skip
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
     arguments = made.parse_args()
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
     space = cli.SearchSpace(space.name, experiment, space.objectives, space.define)
+    if wanted.asha and len(space.objectives) > 1:
+        raise InputError(f"--asha prunes by one objective, search space {space.name} has {len(space.objectives)}")
     knobs = cli.open_knobs(space)
     if not knobs:
         raise InputError(f"search space {space.name} opens no knob; use python -m orchestrator.run {space.name}")
@@ -190,8 +196,10 @@ def search_of(arguments: argparse.Namespace) -> Search:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(arguments, name)}")
     if arguments.fresh and arguments.name is None:
         raise InputError("--fresh starts a sweep of a given --name anew; without --name every sweep is a new one")
+    if arguments.asha and arguments.asha < 2:
+        raise InputError(f"--asha must be at least 2, or 0 for no pruning, not {arguments.asha}")
     budgets = Budgets(arguments.wall_clock, arguments.worker_seconds, arguments.target, arguments.plateau)
-    return Search(arguments.trials, arguments.sampler, arguments.search_seed, arguments.retries, budgets)
+    return Search(arguments.trials, arguments.sampler, arguments.search_seed, arguments.retries, budgets, arguments.asha)
 
 
 def plan_of(space: cli.SearchSpace, wanted: Search) -> dict[str, Any]:
@@ -203,6 +211,7 @@ def plan_of(space: cli.SearchSpace, wanted: Search) -> dict[str, Any]:
         "objectives": plain(space.objectives),
         "sampler": wanted.sampler,
         "search_seed": wanted.seed,
+        "asha": wanted.asha,
         "experiment": plain({path: value for path, value in fields if not path.startswith("resources.")}),
         "splits": list(space.base.benchmark.splits()),
         "data": space.base.benchmark.fingerprint(),
@@ -227,7 +236,7 @@ class _Sweep:
         for number, trial in sorted(ledger.trials.items()):
             if trial.state != "RUNNING":
                 told = f"{objective.metric} {trial.metrics[objective.metric]:.4f}" if not trial.error else trial.error
-                value = None if trial.error else trial.metrics[objective.metric]
+                value = trial.metrics[objective.metric] if trial.state == "FINISHED" else None
                 self.progress({"kind": "trial", "trial": number, "label": f"trial {number}", "text": f"before: {told}",
                                "value": value})  # fmt: skip
         ended = [trial for trial in ledger.trials.values() if trial.state != "RUNNING"]
@@ -356,9 +365,16 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
     ended = {number: trial for number, trial in sorted(ledger.trials.items()) if trial.state != "RUNNING"}
     metrics = [objective.metric for objective in objectives]
     knobs = sorted({name for trial in ended.values() for name in trial.config})
-    columns = ["trial", *knobs, *dict.fromkeys([*metrics, "val/miou/old", "val/miou/new", "val/miou/foreground"]), "error"]
+    columns = [
+        "trial",
+        *knobs,
+        *dict.fromkeys([*metrics, "val/miou/old", "val/miou/new", "val/miou/foreground"]),
+        "state",
+        "error",
+    ]
     order = sorted(ended, key=lambda number: (_cost(ended[number], objectives[0]), number))
-    rows = {number: {"trial": number, **ended[number].config, **ended[number].metrics, "error": ended[number].error}
+    rows = {number: {"trial": number, **ended[number].config, **ended[number].metrics,
+                     "state": ended[number].state, "error": ended[number].error}
             for number in order}  # fmt: skip
     _keep(ledger, tracker, "trials.csv", _csv(columns, list(rows.values())))
     print("\n" + _table(columns, list(rows.values())) + "\n", flush=True)

@@ -78,6 +78,21 @@ def test_trials_can_be_added_and_none_is_run_again(tmp_path: Path) -> None:
     assert {number: ledger.trials[number] for number in before} == before
 
 
+def test_a_pruned_trial_is_told_as_pruned_and_known_after_a_cut(tmp_path: Path) -> None:
+    ledger, posted = Ledger(tmp_path, {}), []
+    search = StudySearch(SPACE, SPACE.objectives, ledger, Search(5, "tpe", asha=2), posted.append)
+    search.suggest("a")
+    search.on_trial_complete("a", {METRIC: 0.25, TASKS_LEFT: 2, "training_iteration": 1})
+    ((event),) = posted
+    assert (event["trial"], event["status"], event["text"]) == (1, "PRUNED", "pruned after 1 of 3 tasks")
+    ledger.change(1, state="PRUNED", metrics={METRIC: 0.25}, run="r", logged={"r": 0})
+    before = journal(tmp_path)
+    searcher(Ledger.open(tmp_path, {}), 5)
+    for (trial,) in (before, journal(tmp_path)):
+        assert trial.state is optuna.trial.TrialState.PRUNED
+        assert trial.intermediate_values == {1: 0.25}
+
+
 def test_the_journal_shows_every_trial_that_ended_once(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path, {})
     run(searcher(ledger, 5), ledger, stop_after=2)
