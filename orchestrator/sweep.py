@@ -142,7 +142,7 @@ class TrialLog:
         if run := self.ledger.trials[number].run:
             self.tracker.tag(run, {"failure": error[:4000]})
             self._end(number, "FAILED")
-        self.ledger.change(number, state="FAILED", error=error)
+        self.ledger.change(number, state="FAILED", error=error or "failed without a message")
 
     def _end(self, number: int, status: str) -> None:
         trial = self.ledger.trials[number]
@@ -235,7 +235,11 @@ class _Sweep:
         ledger, objective = self.ledger, self.space.objectives[0]
         for number, trial in sorted(ledger.trials.items()):
             if trial.state != "RUNNING":
-                told = f"{objective.metric} {trial.metrics[objective.metric]:.4f}" if not trial.error else trial.error
+                told = (
+                    f"{objective.metric} {trial.metrics[objective.metric]:.4f}"
+                    if not trial.error
+                    else f"failed: {trial.error.splitlines()[-1]}"
+                )
                 value = trial.metrics[objective.metric] if trial.state == "FINISHED" else None
                 self.progress({"kind": "trial", "trial": number, "label": f"trial {number}", "text": f"before: {told}",
                                "value": value})  # fmt: skip
@@ -248,7 +252,7 @@ class _Sweep:
                 concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
                 self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
                 reason = self._compute(concurrency)
-        elif not ledger.parent:
+        else:
             self._begin()
         try:
             failed = conclude(self.space.objectives, ledger, self.tracker, reason)
