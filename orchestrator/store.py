@@ -3,19 +3,19 @@
 `StoredBackend` speaks the backend's verbs and looks each outcome up before it asks the backend behind it. An outcome's
 address is a hash of all that can influence it: the job's own inputs, the addresses of the checkpoints it starts from, the
 knobs of the method that act in its stage, and the code of `cavs_model`. Place and number of workers are not part of it.
+
+Every outcome is verified when it is read. A damaged one is set aside, told of, and computed again. entries.py has the files.
+`python -m orchestrator.store` lists, verifies and prunes them.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
 import shutil
+import sys
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,12 +34,13 @@ from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.networks.vggish import weights_digest
 from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import ScoreTable, Task
+from orchestrator.entries import DamagedError, Entries, room_in, write_atomically
 from orchestrator.experiment import fingerprint, plain
 from orchestrator.stream import Backend
 
-FORMAT = 1
-COST = "cost.json"  # of a method's state: what it took; written last, so that a folder that has it is complete
-LOCK_POLL_SECONDS = 0.2
+__all__ = ["Reuse", "StoredBackend", "write_atomically"]
+
+FORMAT = 2
 
 
 @lru_cache(maxsize=1)
@@ -163,72 +164,92 @@ class Reuse:
     computed_seconds: float = 0.0
     reused_seconds: float = 0.0
 
+    def __add__(self, other: Reuse) -> Reuse:
+        return Reuse(
+            self.computed + other.computed,
+            self.reused + other.reused,
+            self.computed_seconds + other.computed_seconds,
+            self.reused_seconds + other.reused_seconds,
+        )
+
+    def describe(self) -> str:
+        """One line: outcomes and worker-seconds."""
+        return (
+            f"{self.computed} outcomes computed ({self.computed_seconds:.0f} worker-seconds), "
+            f"{self.reused} reused ({self.reused_seconds:.0f} worker-seconds)"
+        )
+
+
+def warn(text: str) -> None:
+    """Tells of damage on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
 
 @dataclass(frozen=True)
 class StoredBackend:
-    """A backend that remembers. InputError where `root` cannot be written."""
+    """A backend that remembers. InputError where `root` cannot be written or is full.
+
+    `user` is on whose account entries are used, a kind and a name such as "sweep/cmr": what `prune --sweep cmr` goes by.
+    """
 
     backend: Backend
     root: Path
     on_wait: Callable[[str], None] = lambda label: None
     reuse: Reuse = field(default_factory=Reuse)
+    user: str = ""
+    on_damage: Callable[[str], None] = warn
 
     def __post_init__(self) -> None:
-        for name in ("networks", "states", "scores", "counts", "locks"):
-            try:
-                (self.root / name).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise InputError(f"cannot write the store {self.root}: {error.strerror}") from error
+        self._entries.make()
 
     def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
         with self._locked(f"data-{benchmark.fingerprint()[:40]}", f"data of {benchmark.name}"):
             return self.backend.prepare(benchmark, splits, audio_weights)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
-        folders = {train_key(job): (self.root / "networks" / train_key(job), job) for job in jobs}
-        with ExitStack() as locks:
+        entries, by_key = self._entries, {train_key(job): job for job in jobs}
+        seconds: dict[str, float] = {}  # of what was trained now
+        with ExitStack() as locks, room_in(self.root):
+            absent = {key for key in by_key if self._found("networks", key) is None}
             # In sorted order, so that two trials that want the same two networks never wait for each other.
-            for key in sorted(folders):
-                if not _complete(folders[key][0]):
-                    locks.enter_context(self._locked(key, folders[key][1].label))
-            missing = [(folder, job) for folder, job in folders.values() if not _complete(folder)]
-            partial = [_cleared(folder) for folder, _ in missing]
+            for key in sorted(absent):
+                locks.enter_context(self._locked(key, by_key[key].label))
+            missing = [key for key in by_key if key in absent and self._found("networks", key, locked=True) is None]
+            partial = {key: entries.new_folder("networks", key) for key in missing}
             try:
                 if missing:
-                    named = zip(missing, partial, strict=True)
-                    self.backend.train([replace(job, output=str(target)) for (_, job), target in named])
-                for (folder, _), target in zip(missing, partial, strict=True):
-                    os.replace(target, folder)
+                    for key in missing:
+                        entries.resume(key).mkdir(exist_ok=True)
+                    self.backend.train(
+                        [replace(by_key[key], output=str(partial[key]), resume=str(entries.resume(key))) for key in missing]
+                    )
+                for key in missing:
+                    about = checkpoint.read_about(partial[key])
+                    seconds[key] = about.seconds * about.world_size
+                    entries.keep("networks", key, partial[key], by_key[key].label, seconds[key])
             finally:
-                for target in partial:
-                    shutil.rmtree(target, ignore_errors=True)
-        for folder, _ in folders.values():
-            about = checkpoint.read_about(folder)
-            self._count(folder not in [folder for folder, _ in missing], about.seconds * about.world_size)
-        return [str(folder) for folder, _ in folders.values()]
+                for key in missing:
+                    shutil.rmtree(partial[key], ignore_errors=True)
+                    with suppress(OSError):  # there is something to go on from, or nothing at all
+                        entries.resume(key).rmdir()
+        for key in by_key:
+            self._count("networks", key, seconds.get(key), None if key in seconds else self._found("networks", key))
+        return [str(entries.path("networks", key)) for key in by_key]
 
     def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
         key = consolidate_key(job, checkpoint, previous)
-        folder = self.root / "states" / key
-        if not (folder / COST).exists():
-            with self._locked(key, job.label):
-                if not (folder / COST).exists():
-                    partial, started = _cleared(folder), time.monotonic()
-                    try:
-                        self.backend.consolidate(replace(job, output=str(partial)), checkpoint, previous)
-                        seconds = time.monotonic() - started
-                        write_atomically(partial / COST, json.dumps({"seconds": seconds}).encode())
-                        os.replace(partial, folder)
-                    finally:
-                        shutil.rmtree(partial, ignore_errors=True)
-                    self._count(False, seconds)
-                    return str(folder)
-        try:
-            seconds = float(json.loads((folder / COST).read_text())["seconds"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"damaged store entry {folder / COST}: {error}; delete it to have it computed again") from error
-        self._count(True, seconds)
-        return str(folder)
+        entries = self._entries
+
+        def compute() -> None:
+            partial, started = entries.new_folder("states", key), time.monotonic()
+            try:
+                self.backend.consolidate(replace(job, output=str(partial)), checkpoint, previous)
+                entries.keep("states", key, partial, job.label, time.monotonic() - started)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+        self._computed_once("states", key, job.label, compute)
+        return str(entries.path("states", key))
 
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
         def compute() -> dict[str, Any]:
@@ -248,76 +269,62 @@ class StoredBackend:
     def about(self, checkpoint: str) -> About:
         return self.backend.about(checkpoint)
 
-    def _json(self, kind: str, key: str, label: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """An outcome kept as one JSON file {"seconds": ..., "value": ...}."""
-        path = self.root / kind / f"{key}.json"
-        if not path.exists():
-            with self._locked(key, label):
-                if not path.exists():
-                    started = time.monotonic()
-                    value = compute()
-                    seconds = time.monotonic() - started
-                    write_atomically(path, json.dumps({"seconds": seconds, "value": value}).encode())
-                    self._count(False, seconds)
-                    return value
-        try:
-            entry = json.loads(path.read_text())
-            seconds, value = float(entry["seconds"]), dict(entry["value"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"damaged store entry {path}: {error}; delete it to have it computed again") from error
-        self._count(True, seconds)
-        return value
+    @property
+    def _entries(self) -> Entries:
+        return Entries(self.root)
 
-    def _count(self, reused: bool, seconds: float) -> None:
-        if reused:
-            self.reuse.reused += 1
-            self.reuse.reused_seconds += seconds
-        else:
+    def _json(self, kind: str, key: str, label: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """An outcome kept as one file."""
+
+        def write() -> None:
+            started = time.monotonic()
+            value = compute()
+            self._entries.write(kind, key, label, time.monotonic() - started, value)
+
+        return dict(self._computed_once(kind, key, label, write)["value"])
+
+    def _computed_once(self, kind: str, key: str, label: str, compute: Callable[[], None]) -> dict[str, Any]:
+        """An entry's description; `compute` writes the entry where there is none that is whole."""
+        body, computed = self._found(kind, key), False
+        if body is None:
+            with self._locked(key, label), room_in(self.root):
+                body = self._found(kind, key, locked=True)
+                if body is None:
+                    compute()
+                    body, computed = self._entries.read(kind, key), True
+        if body is None:
+            raise InputError(f"the store entry {self._entries.path(kind, key)} was deleted as soon as it was written")
+        self._count(kind, key, body["seconds"] if computed else None, body)
+        return body
+
+    def _found(self, kind: str, key: str, locked: bool = False) -> dict[str, Any] | None:
+        """An entry's description, None where there is none that is whole. Who holds the lock sets a damaged one aside."""
+        try:
+            return self._entries.read(kind, key)
+        except DamagedError as error:
+            if locked:
+                aside = self._entries.set_aside(kind, key)
+                path = self._entries.path(kind, key)
+                self.on_damage(f"damaged store entry {path}: {error}; set aside as {aside}, computing it again")
+            return None
+
+    def _count(self, kind: str, key: str, computed: float | None, body: Mapping[str, Any] | None = None) -> None:
+        """Notes a use of an entry, which took `computed` seconds just now or was there already."""
+        self._entries.use(kind, key, self.user)
+        if computed is not None:
             self.reuse.computed += 1
-            self.reuse.computed_seconds += seconds
+            self.reuse.computed_seconds += computed
+        else:
+            self.reuse.reused += 1
+            self.reuse.reused_seconds += (body or {}).get("seconds", 0.0)
 
     @contextmanager
     def _locked(self, key: str, label: str) -> Iterator[None]:
-        """Holds an outcome's lock, so that who needs it too waits instead of computing it again.
-
-        The kernel releases the lock of a process that dies, whatever kills it.
-        """
-        descriptor = os.open(self.root / "locks" / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            waited = False
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if not waited:
-                        self.on_wait(label)
-                    waited = True
-                    time.sleep(LOCK_POLL_SECONDS)
+        with self._entries.locked(key, lambda: self.on_wait(label)):
             yield
-        finally:
-            os.close(descriptor)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none of it, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+if __name__ == "__main__":
+    from orchestrator import cli, housekeeping
 
-
-def _cleared(folder: Path) -> Path:
-    """A new partial folder's name, for an outcome of which a process that was killed, or a person, left only pieces."""
-    for leftover in (folder, *folder.parent.glob(f".{folder.name}.*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-
-
-def _complete(folder: Path) -> bool:
-    return (folder / checkpoint.ABOUT).exists()
+    sys.exit(cli.main(housekeeping.housekeeping))

@@ -1,11 +1,13 @@
 """Nothing is computed twice: addresses, reuse, locks, and what is left behind when something fails."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import multiprocessing
 import os
 import pathlib
+import resource
 import signal
 import threading
 import time
@@ -28,7 +30,7 @@ from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.scenario import Scenario
 from cavs_model.train import Schedule, Seeds, TaskJob
 from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, LabelRule, Paste, Row, ScoreTable
-from orchestrator import store
+from orchestrator import entries, housekeeping, store
 from orchestrator.store import StoredBackend, consolidate_key, evaluate_key, score_key, train_key, write_atomically
 
 TONES = Tones()
@@ -150,12 +152,6 @@ def test_what_a_method_keeps_of_a_network_is_computed_once(tmp_path):
     for path, previous in ((first, None), (second, first)):
         assert pathlib.Path(path) == tmp_path / "states" / consolidate_key(CONSOLIDATE, "networks/abc", previous)
         assert checkpoint.read_method_state(pathlib.Path(path))["weight"].tolist() == [1, 1]
-    (pathlib.Path(first) / store.COST).write_text("{")
-    with pytest.raises(InputError, match=f"damaged store entry {first}.*delete it"):
-        stored.consolidate(CONSOLIDATE, "networks/abc", None)
-    (pathlib.Path(first) / store.COST).unlink()
-    assert stored.consolidate(CONSOLIDATE, "networks/abc", None) == first
-    assert len(backend.asked) == 3
 
 
 def test_data_are_prepared_under_a_lock_and_always_looked_at(tmp_path):
@@ -193,26 +189,93 @@ def test_leftovers_of_a_killed_process_and_broken_folders_are_replaced(tmp_path)
     [path] = stored.train([JOB])
     assert stored.about(path).clips == 3
     assert {folder.name for folder in (tmp_path / "networks").iterdir()} == {key, other.name}
+    assert len(list((tmp_path / "damaged").iterdir())) == 1
 
 
-@pytest.mark.parametrize("content", ["", "{", "null", "[1]", '{"seconds": 1}', '{"seconds": "x", "value": {}}',
-                                     '{"seconds": 1, "value": 3}', "\xff\x00"])  # fmt: skip
-def test_a_damaged_entry_is_named(tmp_path, content):
-    stored = StoredBackend(FakeBackend(), tmp_path)
+@pytest.mark.parametrize("content", [b"", b"{", b"null", b"[1]", b"3", b'{"seconds": 1, "value": {}}', b"\xff\x00",
+                                     b'{"sha256": "0", "seconds": 1, "value": {"counts": []}}'])  # fmt: skip
+def test_a_damaged_file_is_set_aside_told_of_and_computed_again(tmp_path, content):
+    told, backend = [], FakeBackend()
+    stored = StoredBackend(backend, tmp_path, on_damage=told.append)
     path = tmp_path / "counts" / f"{evaluate_key(EVALUATE, 'x/abc')}.json"
-    path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(InputError, match=f"damaged store entry {path}.*delete it"):
-        stored.evaluate(EVALUATE, "x/abc")
-    path.unlink()
+    path.write_bytes(content)
+    assert stored.evaluate(EVALUATE, "x/abc").shape == stored.evaluate(EVALUATE, "x/abc").shape == (2, 2)
+    assert backend.asked == [("evaluate", "val")]
+    [aside] = (tmp_path / "damaged").iterdir()
+    assert aside.read_bytes() == content
+    assert len(told) == 1
+    assert f"damaged store entry {path}" in told[0]
+    assert str(aside) in told[0]
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", [checkpoint.WEIGHTS, checkpoint.ABOUT, entries.MANIFEST])
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: os.truncate(path, 9), pathlib.Path.unlink])
+def test_a_damaged_network_is_set_aside_told_of_and_trained_again(tmp_path, file, damage):
+    told, backend = [], FakeBackend()
+    stored = StoredBackend(backend, tmp_path, on_damage=told.append)
+    [path] = stored.train([JOB])
+    damage(pathlib.Path(path) / file)
+    assert stored.train([JOB]) == stored.train([JOB]) == [path]
+    assert len(backend.asked) == 2
+    assert len(told) == len(list((tmp_path / "damaged").iterdir())) == 1
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 1)
+
+
+def test_a_damaged_state_of_a_method_is_set_aside_told_of_and_computed_again(tmp_path):
+    told, backend = [], FakeBackend()
+    stored = StoredBackend(backend, tmp_path, on_damage=told.append)
+    path = stored.consolidate(CONSOLIDATE, "networks/abc", None)
+    flip_a_bit(pathlib.Path(path) / checkpoint.METHOD_STATE)
+    assert stored.consolidate(CONSOLIDATE, "networks/abc", None) == path
+    assert (len(backend.asked), len(told)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("x\nNo space left on device")]
+)
+def test_a_full_disk_is_named_and_nothing_half_written_is_left(tmp_path, error):
+    stored = StoredBackend(FakeBackend(fail=error), tmp_path)
+    for verb in (lambda: stored.train([JOB]), lambda: stored.consolidate(CONSOLIDATE, "networks/abc", None)):
+        with pytest.raises(InputError, match=f"no space left while writing to {tmp_path}"):
+            verb()
+    assert names(tmp_path) == []
+
+
+def test_a_file_too_large_for_the_disk_is_named_and_leaves_nothing(tmp_path):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+    try:
+        with pytest.raises(InputError, match=f"no space left while writing to {tmp_path}"):
+            stored.evaluate(EVALUATE, "x/abc")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert names(tmp_path) == []
     assert stored.evaluate(EVALUATE, "x/abc").shape == (2, 2)
 
 
-def test_a_damaged_network_is_named(tmp_path):
-    stored = StoredBackend(FakeBackend(), tmp_path)
-    [path] = stored.train([JOB])
-    (pathlib.Path(path) / checkpoint.ABOUT).write_text("{")
-    with pytest.raises(InputError, match=f"damaged checkpoint description {path}"):
-        stored.train([JOB])
+def test_a_training_cut_off_finds_its_folder_again_which_goes_when_the_network_is_there(tmp_path):
+    found = []
+
+    class Interrupted(FakeBackend):
+        def train(self, jobs):
+            folder = pathlib.Path(jobs[0].resume)
+            found.append((folder, [path.name for path in folder.iterdir()]))
+            (folder / "state").touch()
+            return super().train(jobs)
+
+    with pytest.raises(RuntimeError):
+        StoredBackend(Interrupted(fail=RuntimeError("killed")), tmp_path).train([JOB])
+    StoredBackend(Interrupted(), tmp_path).train([JOB])
+    folder = tmp_path / "partial" / train_key(JOB)
+    assert found == [(folder, []), (folder, ["state"])]
+    assert not folder.exists()
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path):
@@ -224,7 +287,7 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "entry.json"
     write_atomically(path, b"old")
-    monkeypatch.setattr(store.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(entries.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
@@ -235,7 +298,7 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(entries, "LOCK_POLL_SECONDS", 0.01)
     backend, waiting, results = FakeBackend(), threading.Event(), []
     stored = StoredBackend(backend, tmp_path, on_wait=lambda label: waiting.set())
     slow = dataclasses.replace(stored, backend=backend)
@@ -257,7 +320,7 @@ def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
 
 
 def test_two_that_want_the_same_two_networks_in_opposite_orders_do_not_block_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(entries, "LOCK_POLL_SECONDS", 0.01)
     pair = [JOB, dataclasses.replace(JOB, network=VISUAL_ONLY)]
     backend, results = FakeBackend(), []
     train = backend.train
@@ -315,7 +378,7 @@ def _until(condition):
 
 
 def test_processes_share_the_work_and_a_killed_one_gives_its_lock_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "LOCK_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(entries, "LOCK_POLL_SECONDS", 0.01)
     child = multiprocessing.get_context("spawn").Process(target=_evaluate_then_train, args=(tmp_path,))
     child.start()
     try:
@@ -433,6 +496,7 @@ TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.ite
         ("pastes", (Paste("train-00003", "train-00002", 1),), True),
         ("pastes", (Paste("train-00003", "train-00001", 2),), True),
         ("output", "elsewhere", False),
+        ("resume", "elsewhere", False),
     ],
 )
 def test_what_the_address_of_a_network_depends_on(path, value, matters):
@@ -588,3 +652,84 @@ def test_an_entry_is_readable_json_with_its_cost(tmp_path):
     entry = json.loads(path.read_text())
     assert entry["value"] == {"counts": [[1, 2], [3, 2**40]]}
     assert entry["seconds"] >= 0
+
+
+# Keeping house.
+
+
+def keep_house(monkeypatch, root, *arguments):
+    """The verb's status on a store under `root`/store."""
+    monkeypatch.setattr("sys.argv", ["store", *arguments, "--outputs", str(root)])
+    return housekeeping.housekeeping()
+
+
+def test_listing_shows_kind_size_age_last_use_and_label(tmp_path, monkeypatch, capsys):
+    stored = StoredBackend(FakeBackend(), tmp_path / "store")
+    [path] = stored.train([JOB])
+    stored.evaluate(EVALUATE, path)
+    os.utime(pathlib.Path(path) / entries.MANIFEST, (time.time() - 5 * 86400,) * 2)
+    assert keep_house(monkeypatch, tmp_path, "list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(file.stat().st_size for file in pathlib.Path(path).iterdir())
+    assert lines[1].split() == ["networks", train_key(JOB), *f"{size} B now 5d trial 1".split()]
+    assert lines[2].split()[0] == "counts"
+    stored.train([JOB])
+    keep_house(monkeypatch, tmp_path, "list")
+    assert " 5d " not in capsys.readouterr().out
+
+
+def test_verifying_names_what_is_damaged_and_sets_it_aside_when_told_to(tmp_path, monkeypatch, capsys):
+    stored = StoredBackend(FakeBackend(), tmp_path / "store")
+    [path] = stored.train([JOB])
+    stored.evaluate(EVALUATE, path)
+    stored.consolidate(CONSOLIDATE, path, None)
+    assert keep_house(monkeypatch, tmp_path, "verify") == 0
+    flip_a_bit(pathlib.Path(path) / checkpoint.WEIGHTS)
+    for arguments in ([], ["--repair"]):
+        assert keep_house(monkeypatch, tmp_path, "verify", *arguments) == 1
+        assert f"damaged: {path}: the checksum of {checkpoint.WEIGHTS} differs" in capsys.readouterr().out
+    assert keep_house(monkeypatch, tmp_path, "verify") == 0
+    assert "2 entries" in capsys.readouterr().out
+
+
+def test_pruning_by_age_shows_first_and_never_deletes_what_is_locked(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "store"
+    stored = StoredBackend(FakeBackend(), root)
+    old, held, young = stored.train([JOB, dataclasses.replace(JOB, network=VISUAL_ONLY), BASE_JOB])
+    for path in (old, held):
+        os.utime(pathlib.Path(path) / entries.MANIFEST, (time.time() - 5 * 86400,) * 2)
+    for leftover in (root / "networks" / ".k.0", root / "damaged" / "counts-k-1", root / "scores" / ".k.json.0"):
+        leftover.touch()
+        os.utime(leftover, (0, 0))
+    before = names(root)
+    assert keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4d") == 0
+    assert "2 entries" in capsys.readouterr().out
+    assert names(root) == before
+    with entries.Entries(root).locked(pathlib.Path(held).name, lambda: None):
+        keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4d", "--yes")
+    assert f"kept, in use: networks {pathlib.Path(held).name}" in capsys.readouterr().out
+    assert {path.split("/")[1] for path in names(root)} == {pathlib.Path(path).name for path in (held, young)}
+    with pytest.raises(InputError, match="--older-than '4'"):
+        keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4")
+
+
+def test_pruning_a_sweep_deletes_what_no_other_run_used(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "store"
+    one = StoredBackend(FakeBackend(), root, user="sweep/../one")
+    two = StoredBackend(FakeBackend(), root, user="comparison/two")
+    [shared] = one.train([JOB])
+    [own] = one.train([BASE_JOB])
+    two.train([JOB])
+    with pytest.raises(InputError, match=r"no record of sweep/two; it has: comparison/two, sweep/\.\./one"):
+        keep_house(monkeypatch, tmp_path, "prune", "--sweep", "two")
+    for arguments, left in (([], {shared, own}), (["--yes"], {shared})):
+        keep_house(monkeypatch, tmp_path, "prune", "--sweep", "../one", *arguments)
+        assert {str(path) for path in (root / "networks").iterdir()} == left
+    assert entries.Entries(root).users() == {"comparison/two": {("networks", train_key(JOB))}}
+    keep_house(monkeypatch, tmp_path, "prune", "--comparison", "two", "--yes")
+    assert names(root) == []
+
+
+def test_reuse_is_told_in_outcomes_and_worker_seconds():
+    total = store.Reuse(1, 2, 30.4, 40.0) + store.Reuse(1, 1, 0.0, 10.0)
+    assert total.describe() == "2 outcomes computed (30 worker-seconds), 3 reused (50 worker-seconds)"
