@@ -61,7 +61,11 @@ def _streams(
     name: str,
 ) -> None:
     store = StoredBackend(
-        backend, outputs / "store", on_wait=lambda what: progress.line(f"waiting for another process: {what}")
+        backend,
+        outputs / "store",
+        on_wait=lambda what: progress.line(f"waiting for another process: {what}"),
+        user=f"run/{name}",
+        on_damage=progress.line,
     )
     for seed in experiment.seeds:
         run_id = tracker.stream(experiment, seed, f"{name} seed {seed}")
@@ -74,6 +78,7 @@ def _streams(
             tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
         tracker.end(run_id)
+    progress.line(store.reuse.describe())
 
 
 if __name__ == "__main__":
