@@ -1,10 +1,13 @@
 """A trained network on disk: `weights.safetensors` and `about.json`. Never a pickle, so that a stranger's file is only data.
 
-What a method keeps of a network's parameters lies in a folder of its own: `method_state.safetensors`.
+What a method keeps of a network's parameters lies in a folder of its own: `method_state.safetensors`. So does what a task
+that was interrupted goes on from: `interim.json` and the tensors that it names.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -23,6 +26,7 @@ from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
 WEIGHTS = "weights.safetensors"
 ABOUT = "about.json"
 METHOD_STATE = "method_state.safetensors"
+INTERIM = "interim.json"
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,71 @@ def read_method_state(directory: Path) -> dict[str, Tensor]:
         raise InputError(f"damaged method state {path}: {error}") from error
 
 
+@dataclass(frozen=True)
+class Interim:
+    """A task after some of its epochs: all that the next one depends on, and what the ended ones cost.
+
+    `job` is a digest of the job that left it; `best` is the score of the weights chosen so far. `tensors` are on the CPU.
+    """
+
+    job: str
+    epochs: int
+    history: tuple[Mapping[str, float], ...]
+    worker_seconds: float
+    best: float
+    tensors: Mapping[str, Tensor]
+
+
+def save_interim(directory: Path, interim: Interim) -> None:
+    """Puts an interim in place of the last one. OSError where it cannot be written; the last one is then still whole.
+
+    `interim.json` names the tensors' file and their digest and is replaced after they are there, so that who is killed at any
+    point leaves one of the two.
+    """
+    content = _encode(interim.tensors)
+    name = f"interim-{interim.epochs}.safetensors"
+    fields: dict[str, Any] = {item.name: getattr(interim, item.name) for item in dataclasses.fields(interim)}
+    fields |= {"tensors": name, "digest": hashlib.sha256(content).hexdigest()}
+    try:
+        _write(directory, {name: content, INTERIM: json.dumps(fields).encode()})
+    finally:
+        try:
+            kept = {INTERIM, json.loads((directory / INTERIM).read_text())["tensors"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            kept = set()
+        _clear_interim(directory, kept)
+
+
+def read_interim(directory: Path) -> Interim | None:
+    """The interim in a directory, None where there is none. InputError that names a missing or damaged file."""
+    path = directory / INTERIM
+    try:
+        fields = json.loads(path.read_text())
+        path, digest = directory / Path(fields["tensors"]).name, fields.pop("digest")
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError("its digest is not the one that was noted")
+        return Interim(**{**fields, "history": tuple(fields["history"]), "tensors": load_tensors(content)})
+    except FileNotFoundError as error:
+        if path.name == INTERIM:
+            return None
+        raise InputError(f"damaged interim {directory}: {path.name} is missing") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise InputError(f"damaged interim {path}: {error}") from error
+
+
+def remove_interim(directory: Path) -> None:
+    """Removes the interim in a directory, if there is one, and pieces of others; nothing else."""
+    _clear_interim(directory, set())
+
+
+def _clear_interim(directory: Path, kept: set[str]) -> None:
+    # The description goes first: without it the rest is nothing.
+    for path in (directory / INTERIM, *directory.glob("interim-*.safetensors"), *directory.glob(".interim*")):
+        if path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
 def _encode(state: Mapping[str, Tensor]) -> bytes:
     return save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
 
@@ -121,7 +190,10 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         temporary = directory / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a node that loses its power must not leave the new name with nothing in it
         os.replace(temporary, directory / name)
 
 

@@ -2,11 +2,15 @@
 
 Optimiser and schedule follow the CMR authors' release (Adam 1e-4, constant, batch norm in training mode); every constant is
 a field of `Schedule`. The objective is the sum of the method's named means, each over the batch of all workers together.
+
+A task that was interrupted goes on after an epoch that it ended, to the same bits on a CPU. No random state is kept for that:
+nothing in the loop draws from a global one, and the batches of an epoch are a function of seed, task and epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +25,7 @@ from cavs_model import checkpoint
 from cavs_model.datasets.cache import DecodedSplit
 from cavs_model.errors import InputError, unknown
 from cavs_model.evaluate import Data, count, frozen, passes
-from cavs_model.methods.base import Method
+from cavs_model.methods.base import Method, acting
 from cavs_model.metrics import iou
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
 from cavs_model.types import Batch, Mean, Network, Paste, Row, Step, Task
@@ -87,6 +91,10 @@ class TaskJob:
     resume: str = ""  # directory of checkpoints within the task; not part of the result
     pastes: tuple[Paste, ...] = ()  # stored instances to be worked into the task's samples
     method_state: str | None = None  # what the method kept of the network `start` (checkpoint.read_method_state)
+    # Where an interrupted task finds what it left, a directory that all workers see and its owner removes; "" is nowhere. Not
+    # part of the result, as the least time from one such note to the next, at the ends of epochs.
+    resume: str = ""
+    resume_seconds: float = 60.0
 
     @property
     def num_samples(self) -> int:
@@ -106,17 +114,19 @@ class TaskJob:
 
 TEACHER_COST = 1.6  # of a PLOP step against a plain one, 96 px on a CPU: 483 against 300 ms; for estimates of time only
 PULSE_SECONDS = 5.0  # how often an epoch tells how far it is
+RESUME_SHARE = 0.05  # of the time at most goes into keeping what a task could go on from
 
 
 class DivergedError(RuntimeError):
-    """The loss is no longer a number."""
+    """The loss or a weight is no longer a number."""
 
 
 def train_task(job: TaskJob, worker: Worker) -> None:
     """Trains the job's network and writes its checkpoint (rank 0).
 
-    Raises InputError for a start checkpoint or a method's state that does not fit the job, DivergedError where a loss term is
-    not finite.
+    With `job.resume`, goes on from what an interrupted run of the same job left there, on any number of workers.
+    Raises InputError for a start checkpoint or a method's state that does not fit the job, DivergedError where a loss term or,
+    at the end of an epoch, a weight is not finite.
     """
     started = time.monotonic()
     numbers = arithmetic(job.precision, worker.device)
@@ -132,7 +142,8 @@ def train_task(job: TaskJob, worker: Worker) -> None:
     choice = _Choice(job, worker, numbers)
     history: list[Mapping[str, float]] = []
     epochs = job.schedule.epochs_of(job.task)
-    for epoch in range(epochs):
+    resumption = _Resumption(job, worker, numbers, started)
+    for epoch in range(resumption.restore(student, optimiser, choice, history), epochs):
         model.train()
         pulse = _Pulse(job, worker, epoch)
         batches = _epoch(job, worker, split, epoch)
@@ -155,7 +166,11 @@ def train_task(job: TaskJob, worker: Worker) -> None:
         history.append(record)
         if not all(math.isfinite(value) for value in record.values()):
             raise DivergedError(f"{job.label or job.network}: loss is not finite in epoch {epoch + 1} of {epochs}: {record}")
+        # The loss of a step is that before it: what the epoch's last step did shows in the weights alone.
+        if name := _not_finite(student):
+            raise DivergedError(f"{job.label or job.network}: {name} is not finite after epoch {epoch + 1} of {epochs}")
         choice.look(student, epoch, epochs)
+        resumption.keep(student, optimiser, choice, history)
         pulse.end(record["loss"])
     if worker.rank == 0:
         about = checkpoint.About(
@@ -164,7 +179,7 @@ def train_task(job: TaskJob, worker: Worker) -> None:
             asdict(job.config),
             tuple(history),
             clips=epochs * job.num_samples,
-            seconds=time.monotonic() - started,
+            seconds=resumption.worker_seconds() / worker.world_size,
             world_size=worker.world_size,
         )
         checkpoint.save(Path(job.output), choice.weights or student.state_dict(), about)
@@ -302,7 +317,7 @@ class _Choice:
 
     def __init__(self, job: TaskJob, worker: Worker, numbers: Arithmetic) -> None:
         self.weights: dict[str, Tensor] = {}
-        self._best = -1.0
+        self.best = -1.0
         self._job, self._worker, self._numbers = job, worker, numbers
 
     def look(self, student: nn.Module, epoch: int, epochs: int) -> None:
@@ -316,9 +331,132 @@ class _Choice:
         with torch.no_grad():
             counts = worker.all_reduce(count(_running(student, self._numbers), batches, job.task.num_classes, worker.device))
         score = float(iou(counts.cpu())[job.task.new_classes.start :].nanmean())
-        if score > self._best:
-            self._best = score
+        if score > self.best:
+            self.best = score
             self.weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+
+
+class _Resumption:
+    """What of a task is kept for one that is interrupted, and the way back from it."""
+
+    def __init__(self, job: TaskJob, worker: Worker, numbers: Arithmetic, started: float) -> None:
+        self._job, self._worker, self._started = job, worker, started
+        self._folder = Path(job.resume)
+        self._digest = _digest(job, numbers) if job.resume else ""
+        self._spent = 0.0  # worker-seconds of the epochs that were not trained here
+        self._due = started + job.resume_seconds
+
+    def worker_seconds(self) -> float:
+        """What the task took so far, in all runs, epochs that were lost left out."""
+        return self._spent + (time.monotonic() - self._started) * self._worker.world_size
+
+    def restore(
+        self, student: nn.Module, optimiser: torch.optim.Optimizer, choice: _Choice, history: list[Mapping[str, float]]
+    ) -> int:
+        """Puts everything as an interrupted run of this job left it; the epochs it ended, 0 where nothing was restored.
+
+        What another job left or is damaged is removed, with a note. Nobody writes before the first epoch ends, which no worker
+        does alone, so that all read the same; workers that do not, on nodes without a common folder, start anew together.
+        """
+        if not self._job.resume:
+            return 0
+        found, why = self._read(student)
+        mine = found.epochs if found else 0
+        one, square = self._worker.all_reduce(torch.tensor([mine, mine * mine])).tolist()
+        if self._worker.world_size * square != one * one:
+            found, why = None, "not all workers see the same there"
+        if why:
+            self._note(f"{why}: the task starts anew")
+            if self._worker.rank == 0:
+                checkpoint.remove_interim(self._folder)
+        if found is None:
+            return 0
+        student.load_state_dict(_under("student", found.tensors))
+        for name, parameter in student.named_parameters():
+            state = _under(f"optimiser/{name}", found.tensors)
+            if state:
+                # In the layout that Adam gives them itself; another one may round otherwise.
+                optimiser.state[parameter] = {
+                    key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in state.items()
+                }
+        choice.best, choice.weights = found.best, _under("best", found.tensors)
+        history.extend(found.history)
+        self._spent = found.worker_seconds
+        self._note(f"goes on after epoch {found.epochs} of {self._job.schedule.epochs_of(self._job.task)}")
+        return found.epochs
+
+    def keep(
+        self, student: nn.Module, optimiser: torch.optim.Optimizer, choice: _Choice, history: Sequence[Mapping[str, float]]
+    ) -> None:
+        """At the end of an epoch, where it is time: notes all that the next one depends on. Rank 0 alone."""
+        begun = time.monotonic()
+        if not self._job.resume or self._worker.rank or begun < self._due:
+            return
+        tensors = {f"student/{name}": value for name, value in student.state_dict().items()}
+        for name, parameter in student.named_parameters():
+            tensors |= {f"optimiser/{name}/{key}": value for key, value in optimiser.state.get(parameter, {}).items()}
+        tensors |= {f"best/{name}": value for name, value in choice.weights.items()}
+        spent = self.worker_seconds()
+        interim = checkpoint.Interim(self._digest, len(history), tuple(history), spent, choice.best, tensors)
+        try:
+            checkpoint.save_interim(self._folder, interim)
+        except OSError as error:
+            self._note(f"cannot keep in {self._folder} what the task could go on from: {error.strerror}; it goes on without")
+        took = time.monotonic() - begun
+        self._due = begun + took + max(self._job.resume_seconds, took / RESUME_SHARE if self._job.resume_seconds else 0.0)
+
+    def _read(self, student: nn.Module) -> tuple[checkpoint.Interim | None, str]:
+        """What this job left, or why what is there cannot be used ("" where nothing is there)."""
+        try:
+            found = checkpoint.read_interim(self._folder)
+        except InputError as error:
+            return None, str(error)
+        if found is None:
+            return None, ""
+        if found.job != self._digest:
+            return None, f"{self._folder} was left by another job"
+        left = {name: value.shape for name, value in _under("student", found.tensors).items()}
+        if left != {name: value.shape for name, value in student.state_dict().items()} or found.epochs != len(found.history):
+            return None, f"what {self._folder} holds does not fit the job"
+        return found, ""
+
+    def _note(self, text: str) -> None:
+        job = self._job
+        self._worker.report({"kind": "note", "label": job.label, "text": f"{job.label or job.network}: {text}"})
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def _digest(job: TaskJob, numbers: Arithmetic) -> str:
+    """Of all that the epochs of a job depend on, files by their content; the number of workers is not part of it."""
+    schedule = asdict(job.schedule)
+    for name in ("base_epochs", *(("selection_from",) if job.schedule.selection == "last" else ())):
+        del schedule[name]
+    parts = {
+        "network": job.network,
+        "task": asdict(job.task),
+        "data": [job.data.benchmark.fingerprint(), job.data.learned_order, job.data.audio_features],
+        "rows": [(row.sample_id, row.class_id) for row in job.rows],
+        "pastes": [asdict(paste) for paste in job.pastes],
+        "method": acting(job.method, "train"),
+        "config": asdict(job.config),
+        "schedule": schedule | {"epochs": job.schedule.epochs_of(job.task)},
+        "bf16": numbers.bf16,
+        "seeds": [job.seeds.init, job.seeds.data],
+        "start": job.start and hashlib.sha256(checkpoint.read(Path(job.start)).weights).hexdigest(),
+        "method_state": job.method_state
+        and hashlib.sha256((Path(job.method_state) / checkpoint.METHOD_STATE).read_bytes()).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _not_finite(model: nn.Module) -> str:
+    """The name of a parameter or buffer with a value that is not finite, "" where there is none."""
+    values = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    fine = torch.stack([value.isfinite().all() for value in values.values()]).tolist()
+    return next((name for name, good in zip(values, fine, strict=True) if not good), "")
 
 
 def _running(model: nn.Module, numbers: Arithmetic) -> Network:

@@ -471,3 +471,177 @@ def test_bf16_learns_too(base, tmp_path):
     assert all(value.isfinite().all() for value in weights.values())
     assert {value.dtype for value in weights.values()} == {value.dtype for value in exact.values()}
     assert about.history[0]["cross_entropy"] == pytest.approx(precise.history[0]["cross_entropy"], rel=0.05)
+
+
+# Interrupted, and gone on with.
+
+
+class CutError(Exception):
+    """What ends a run in the middle."""
+
+
+def stopped_after(epoch):
+    """A worker whose run ends with its report on an epoch."""
+
+    def report(record):
+        if (record["kind"], record.get("epoch")) == ("epoch", epoch):
+            raise CutError
+
+    return LocalWorker(on_report=report)
+
+
+def interrupted(job, epoch):
+    with pytest.raises(CutError):
+        train_task(job, stopped_after(epoch))
+
+
+def resumable(name, folder, start):
+    """A job of four epochs that notes each: with a cosine, choosing by validation in bf16, with a teacher and a memory."""
+    schedule = replace(SCHEDULE, base_epochs=4, epochs=4, decay="cosine")
+    notes = {"resume": str(folder / "resume"), "resume_seconds": 0.0}
+    return {
+        "cosine": lambda: base_job(folder / "out", schedule=schedule, **notes),
+        "best_val": lambda: base_job(
+            folder / "out",
+            schedule=replace(schedule, selection="best_val", selection_from=0.0, learning_rate=1e-2),
+            precision="bf16",
+            **notes,
+        ),
+        "plop": lambda: later_job(folder / "out", start, CMR(), schedule=schedule, **notes),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["cosine", "best_val", "plop"])
+def test_a_task_interrupted_after_every_epoch_ends_as_the_undisturbed_one(base, tmp_path, name):
+    job = resumable(name, tmp_path, base)
+    undisturbed, about = trained(replace(job, output=str(tmp_path / "undisturbed"), resume=""))
+    for epoch in (1, 2, 3, 4):
+        interrupted(job, epoch)  # each run ends one epoch, or there would be more reports before this one
+    assert not Path(job.output).exists()
+    reports = []
+    weights, told = trained(job, LocalWorker(on_report=reports.append))
+    assert [each["text"] for each in reports] == ["audio_visual: goes on after epoch 4 of 4"]
+    assert same(weights, undisturbed)
+    assert told.history == about.history
+    assert told.clips == about.clips
+    assert told.seconds > 0
+    assert len(list((tmp_path / "resume").iterdir())) == 2  # the latest alone
+
+
+def test_an_epoch_cut_in_the_middle_is_done_again(base, tmp_path, monkeypatch):
+    job = resumable("plop", tmp_path, base)
+    undisturbed, _ = trained(replace(job, output=str(tmp_path / "undisturbed"), resume=""))
+    calls, loss = [], CMR.loss
+
+    def cut(self, step):
+        calls.append(step)
+        if len(calls) == 10:
+            raise CutError
+        return loss(self, step)
+
+    monkeypatch.setattr(CMR, "loss", cut)
+    with pytest.raises(CutError):
+        train_task(job, LocalWorker())
+    reports = []
+    weights, _ = trained(job, LocalWorker(on_report=reports.append))
+    assert "goes on after epoch 1" in reports[0]["text"]
+    assert same(weights, undisturbed)
+
+
+def test_the_place_and_later_tasks_epochs_do_not_make_another_job(base, tmp_path):
+    job = resumable("cosine", tmp_path, base)
+    interrupted(job, 2)
+    moved = replace(
+        job, output=str(tmp_path / "moved"), label="x", schedule=replace(job.schedule, epochs=9, selection_from=0.1)
+    )
+    reports = []
+    trained(moved, LocalWorker(on_report=reports.append))
+    assert reports[0]["text"] == "x: goes on after epoch 2 of 4"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seeds": Seeds(0, 1, 0)}, {"precision": "bf16"}, {"schedule": replace(SCHEDULE, base_epochs=3)}],
+    ids=["seed", "precision", "epochs"],
+)
+def test_what_another_job_left_is_removed_with_a_note(base, tmp_path, changes):
+    job = resumable("cosine", tmp_path, base)
+    interrupted(job, 1)
+    other = replace(job, resume_seconds=60.0, **changes)
+    undisturbed, _ = trained(replace(other, output=str(tmp_path / "undisturbed"), resume=""))
+    reports = []
+    weights, _ = trained(other, LocalWorker(on_report=reports.append))
+    assert "was left by another job: the task starts anew" in reports[0]["text"]
+    assert same(weights, undisturbed)
+    assert not list((tmp_path / "resume").iterdir())
+
+
+@pytest.mark.parametrize("pattern", ["*.safetensors", "*.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "gone"])
+def test_a_damaged_note_is_not_gone_on_from(base, tmp_path, pattern, damage):
+    job = resumable("cosine", tmp_path, base)
+    undisturbed, _ = trained(replace(job, output=str(tmp_path / "undisturbed"), resume=""))
+    interrupted(job, 2)
+    (path,) = (tmp_path / "resume").glob(pattern)
+    content = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-20] if damage == "truncated" else content[:-20] + b"\xff" + content[-19:])
+    reports = []
+    weights, _ = trained(job, LocalWorker(on_report=reports.append))
+    notes = [each["text"] for each in reports if each["kind"] == "note"]
+    if (pattern, damage) == ("*.json", "gone"):
+        assert not notes  # as if nothing had been left
+    else:
+        assert len(notes) == 1
+        assert "damaged interim" in notes[0]
+        assert path.name in notes[0]
+    assert same(weights, undisturbed)
+
+
+def test_a_note_that_cannot_be_written_costs_no_more_than_the_note(base, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    job = resumable("cosine", tmp_path, base)
+    interrupted(job, 1)
+    reports = []
+    with monkeypatch.context() as patch:
+        patch.setattr("cavs_model.checkpoint.os.fsync", full)
+        with pytest.raises(CutError):
+            train_task(
+                job, replace(stopped_after(3), on_report=lambda each: (reports.append(each), stopped_after(3).report(each)))
+            )
+    texts = [each["text"] for each in reports if each["kind"] == "note"]
+    assert len(texts) == 3
+    assert "No space left on device; it goes on without" in texts[1]
+    trained(job, LocalWorker(on_report=reports.append))
+    assert [each["epoch"] for each in reports if each["kind"] == "epoch"] == [2, 3, 2, 3, 4]
+
+
+def test_nothing_is_noted_before_it_is_time(base, tmp_path):
+    trained(replace(resumable("cosine", tmp_path, base), resume_seconds=60.0))
+    assert not (tmp_path / "resume").exists()
+
+
+@dataclass(frozen=True)
+class Jump(Finetune):
+    """Fine-tuning whose last step of the task has a gradient that is no number, of a loss that is one."""
+
+    calls: ClassVar[list] = []
+
+    def loss(self, step):
+        self.calls.append(step)
+        terms = super().loss(step)
+        if len(self.calls) == 2 * -(-len(BASE.train) // BATCH_SIZE):
+            zero = (step.student.logits - step.student.logits.detach()).abs().sum()
+            terms["edge"] = Mean(zero.sqrt() * 0.0, 1)  # the slope of a root at zero
+        return terms
+
+
+def test_weights_that_are_no_numbers_after_the_last_step_end_the_task(tmp_path):
+    Jump.calls.clear()
+    with pytest.raises(DivergedError, match=r"seed 0: .* is not finite after epoch 2 of 2"):
+        train_task(base_job(tmp_path / "none", method=Jump(), label="seed 0"), LocalWorker())
+    assert not (tmp_path / "none").exists()
