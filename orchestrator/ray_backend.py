@@ -32,13 +32,14 @@ from cavs_model.datasets import cache
 from cavs_model.datasets.base import Benchmark
 from cavs_model.errors import InputError
 from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob, consolidate, evaluate, measure_samples, score_samples
-from cavs_model.train import TaskJob, train_task
+from cavs_model.train import DivergedError, TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
 from orchestrator.progress import BlockNotes, Event, silent
 
 CONTROLLER_FAILURES = 3  # the default is unlimited: a fit that can never start would be tried for ever
+WORKER_FAILURES = 3  # after which a fit whose workers die, by whatever, is given up
 CHUNK_SECONDS = 1.0  # shorter Ray tasks cost more to hand out than to do
 SCORING_SPEEDUP = 3.0  # a pass without gradients against a training pass, roughly
 WORKER_ENVIRONMENT = {
@@ -241,6 +242,25 @@ class RayBackend:
 
         per_worker = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
         name = Path(job.output).name.strip(".")
+        # The tries are counted here and not by Ray, which would repeat what fails in the same way every time. A further try
+        # goes on from job.resume.
+        for left in reversed(range(WORKER_FAILURES + 1)):
+            try:
+                self._try(loop, name, per_worker)
+                break
+            except TrainingFailedError as error:
+                cause = _cause(error)
+                if not left or cause is not error or not isinstance(error, WorkerGroupError):
+                    raise cause from error
+                if mailbox is not None:
+                    text = f"{job.label or job.network}: a worker failed and is replaced ({_line(error)})"
+                    mailbox.post.remote({"kind": "note", "label": job.label, "text": text})
+            finally:
+                shutil.rmtree(self.scratch / name, ignore_errors=True)
+        return job.output
+
+    def _try(self, loop: Callable[[], None], name: str, per_worker: Mapping[str, float]) -> None:
+        """One fit. TrainingFailedError where a worker fails or none can be had; what is to be had again is waited for."""
         trainer = ray.train.torch.TorchTrainer(
             loop,
             scaling_config=ScalingConfig(
@@ -251,16 +271,10 @@ class RayBackend:
             run_config=RunConfig(
                 name=name,
                 storage_path=str(self.scratch),
-                failure_config=FailureConfig(max_failures=1, controller_failure_limit=CONTROLLER_FAILURES),  # type: ignore[call-arg]
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),  # type: ignore[call-arg]
             ),
         )
-        try:
-            trainer.fit()
-        except TrainingFailedError as error:
-            raise _cause(error) from error
-        finally:
-            shutil.rmtree(self.scratch / name, ignore_errors=True)
-        return job.output
+        trainer.fit()
 
     def _map_blocks(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """Applies a function to jobs in Ray tasks, in any order of work; results in the order of the jobs."""
@@ -338,13 +352,21 @@ def _get(reference: Any) -> Any:
 
 
 def _cause(error: TrainingFailedError) -> BaseException:
-    """The worker's own error where the user can mend it, else the failure as Ray tells it."""
+    """The worker's own error where another try would end the same way, else the failure as Ray tells it."""
     if isinstance(error, WorkerGroupError):
         for failure in error.worker_failures.values():
             inner = getattr(failure, "cause", None) or failure
-            if isinstance(inner, InputError):
+            if isinstance(inner, InputError | DivergedError):
                 return inner
     return error
+
+
+def _line(error: WorkerGroupError) -> str:
+    """Why the first of the workers failed, in a line."""
+    failure = next(iter(error.worker_failures.values()), error)
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    # Ray's own words come first; a traceback ends with the error.
+    return (lines[-1] if lines and lines[0].startswith("Traceback") else lines[0] if lines else type(failure).__name__)[:200]
 
 
 def drain(mailbox: Any) -> list[Event]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import ray
 import torch
@@ -18,9 +21,10 @@ from cavs_model.errors import InputError
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob
 from cavs_model.methods.cmr import CMR
 from cavs_model.methods.ewc import EWC
-from cavs_model.train import TaskJob
+from cavs_model.train import DivergedError, TaskJob
 from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import Event
 from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, new_mailbox
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
@@ -185,6 +189,60 @@ def test_bad_input_in_a_worker_is_told_as_itself(
     )  # fmt: skip
     with pytest.raises(InputError, match="does not fit its description"):
         backend.train([train])
+
+
+def _base_job(root: Path, **changes: object) -> TaskJob:
+    """A base task on clips that are rendered."""
+    backend = LocalBackend(root / "data")
+    data = dataclasses.replace(_data(), cache=backend.prepare(SHORT.benchmark, ("train",)))
+    task = SHORT.scenario.tasks(SHORT.benchmark)[0]
+    job = TaskJob(
+        "audio_visual", task, data, (), CMR(), SHORT.network, SHORT.schedule, "fp32", SHORT.seeds_of(0), None, str(root / "out")
+    )
+    return dataclasses.replace(job, **changes)  # type: ignore[arg-type]
+
+
+def _workers() -> list[psutil.Process]:
+    """The training workers of the cluster that this process started."""
+    return [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
+
+
+def test_a_killed_worker_is_replaced_and_the_task_goes_on_to_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
+    backend = ray_backend(tmp_path)
+    schedule = dataclasses.replace(SHORT.schedule, base_epochs=20)
+    job = _base_job(tmp_path, schedule=schedule, resume=str(tmp_path / "resume"), resume_seconds=0.0)
+    events: list[Event] = []
+    with ThreadPoolExecutor(1) as pool:
+        fit = pool.submit(backend.train, [job])
+        while not any(event.get("epoch") == 3 for event in events):
+            assert not fit.done()
+            events += drain(backend.mailbox)
+            time.sleep(0.02)
+        (worker,) = _workers()
+        worker.kill()
+        fit.result()
+    events += drain(backend.mailbox)
+    notes = [event["text"] for event in events if event["kind"] == "note"]
+    assert len(notes) == 2
+    assert "a worker failed and is replaced" in notes[0]
+    assert "goes on after epoch" in notes[1]
+    # One epoch was lost, or none where the worker died between its note and its report.
+    epochs = [event["epoch"] for event in events if event["kind"] == "epoch"]
+    assert len(epochs) <= 20
+    assert sorted(set(epochs)) == epochs
+    LocalBackend(tmp_path / "data").train([dataclasses.replace(job, output=str(tmp_path / "local"), resume="")])
+    ours, theirs = (checkpoint.load(tmp_path / name).state_dict() for name in ("out", "local"))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    assert checkpoint.read_about(tmp_path / "out").history == checkpoint.read_about(tmp_path / "local").history
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not _workers()
+
+
+def test_a_loss_that_diverges_is_told_as_itself_after_one_try(cluster: Cluster, tmp_path: Path) -> None:
+    backend = ray_backend(tmp_path)
+    with pytest.raises(DivergedError, match="is not finite"):
+        backend.train([_base_job(tmp_path, schedule=dataclasses.replace(SHORT.schedule, learning_rate=1e30))])
+    assert not [event for event in drain(backend.mailbox) if event["kind"] == "note"]
 
 
 def _data() -> Data:
