@@ -620,6 +620,29 @@ def test_a_note_that_cannot_be_written_costs_no_more_than_the_note(base, tmp_pat
     assert [each["epoch"] for each in reports if each["kind"] == "epoch"] == [2, 3, 2, 3, 4]
 
 
+def resume_part(worker, folder, job):
+    """Goes on with what is there; then where only the first worker sees anything."""
+    train_task(job, worker)
+    assert worker.reports[0]["text"] == "audio_visual: goes on after epoch 2 of 4"
+    worker.reports.clear()
+    elsewhere = replace(job, output=str(folder / "apart"), resume=job.resume if worker.rank == 0 else str(folder / "nowhere"))
+    train_task(elsewhere, worker)
+    assert "not all workers see the same there" in worker.reports[0]["text"] or worker.rank
+    assert [each["epoch"] for each in worker.reports if each["kind"] == "epoch"] == [1, 2, 3, 4]
+
+
+def test_two_workers_go_on_with_what_one_left_or_start_anew_together(base, tmp_path):
+    job = replace(resumable("plop", tmp_path, base), schedule=replace(SCHEDULE, epochs=4))
+    alone, about = trained(replace(job, output=str(tmp_path / "alone"), resume=""))
+    interrupted(job, 2)
+    on_two_workers(resume_part, tmp_path, tmp_path, job)
+    for name in ("out", "apart"):
+        shared, told = left(tmp_path / name)
+        assert [each["loss"] for each in told.history] == pytest.approx([each["loss"] for each in about.history], rel=1e-2)
+        assert mean_square(alone, shared) < 1e-4**2
+    assert left(tmp_path / "out")[1].history[:2] == about.history[:2]
+
+
 def test_nothing_is_noted_before_it_is_time(base, tmp_path):
     trained(replace(resumable("cosine", tmp_path, base), resume_seconds=60.0))
     assert not (tmp_path / "resume").exists()
