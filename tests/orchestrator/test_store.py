@@ -497,6 +497,7 @@ TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.ite
         ("pastes", (Paste("train-00003", "train-00001", 2),), True),
         ("output", "elsewhere", False),
         ("resume", "elsewhere", False),
+        ("resume_seconds", 1.0, False),
     ],
 )
 def test_what_the_address_of_a_network_depends_on(path, value, matters):
