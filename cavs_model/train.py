@@ -88,7 +88,6 @@ class TaskJob:
     start: str | None  # the same network's checkpoint after the previous task; None on the base task
     output: str = ""  # directory the checkpoint goes to
     label: str = ""  # for whoever watches; not part of the result
-    resume: str = ""  # directory of checkpoints within the task; not part of the result
     pastes: tuple[Paste, ...] = ()  # stored instances to be worked into the task's samples
     method_state: str | None = None  # what the method kept of the network `start` (checkpoint.read_method_state)
     # Where an interrupted task finds what it left, a directory that all workers see and its owner removes; "" is nowhere. Not
