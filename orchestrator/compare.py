@@ -255,7 +255,9 @@ class _Job:
         try:
             with self._writing():
                 self._begin(stream)
-            stored = StoredBackend(backend(stream), self.store)
+            stored = StoredBackend(
+                backend(stream), self.store, user=f"comparison/{self.ledger.folder.name}", on_damage=self.progress.line
+            )
             outcomes = []
             for outcome in run_stream(
                 stream.experiment, stream.seed, stored, self.splits, label=f"{stream.entry} {stream.setting} "
@@ -269,10 +271,7 @@ class _Job:
                 self.ledger.done[stream.name] = {"values": values, "background": background_alone(outcomes[-1])}
                 self.ledger.save()
                 self._end(stream, "FINISHED")
-            reuse = stored.reuse
-            text = (
-                f"done; {reuse.computed} outcomes computed, {reuse.reused} reused ({reuse.reused_seconds:.0f} worker-seconds)"
-            )
+            text = f"done; {stored.reuse.describe()}"
             self.progress({"kind": "trial", "text": text, **label})
         except Exception as error:
             with self._writing():

@@ -61,6 +61,7 @@ class Plan:
     objectives: tuple[Objective, ...]
     backend: RayBackend
     store: Path
+    user: str  # on whose account entries of the store are used
 
 
 def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
@@ -79,7 +80,11 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
         experiment = override(plan.experiment, knobs)
         post("start", config=dict(knobs), experiment=experiment)
         backend = StoredBackend(
-            plan.backend, plan.store, on_wait=lambda what: post("note", text=f"{what}: another trial is computing it")
+            plan.backend,
+            plan.store,
+            on_wait=lambda what: post("note", text=f"{what}: another trial is computing it"),
+            user=plan.user,
+            on_damage=lambda text: post("note", text=text),
         )
         streams = [run_stream(experiment, seed, backend, label=f"{label} ") for seed in experiment.seeds]
         worker_seconds = 0.0

@@ -280,8 +280,9 @@ class _Sweep:
         space, ledger, progress, experiment = self.space, self.ledger, self.progress, self.space.base
         self._begin()
         backend = RayBackend(self.outputs / "data", self.outputs / "scratch", experiment.resources, new_mailbox())
-        store = StoredBackend(backend, self.outputs / "store")
-        plan = Plan(experiment, space.objectives, backend, self.outputs / "store")
+        user = f"sweep/{ledger.folder.name}"
+        store = StoredBackend(backend, self.outputs / "store", user=user, on_damage=progress.line)
+        plan = Plan(experiment, space.objectives, backend, self.outputs / "store", user)
         log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
         try:
             with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
