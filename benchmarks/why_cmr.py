@@ -3,7 +3,8 @@
 CSR: whether the old classes with many collisions before a task (F) are those that the task then mixes up with the new ones:
 rank correlation of F with the test pixels of new classes called this old class (new as old) and of this old class called any
 new one (old as new), after the task. MSS: whether the visual-only network is a fair twin: both networks' mean score S on the
-samples they were trained on, the mean |S_av - S_v|, and the share of samples that the sound helps.
+samples they were trained on, the mean |S_av - S_v|, and the share of samples that the sound helps. And of every stream, where
+its errors lie after its last task: shares of the background called an old or a new class, and of new classes called an old one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ def collisions(client: MlflowClient, run: str, task: int, split: str) -> tuple[l
     return [names[index] for index in old], found, counts[np.ix_(new, old)].sum(0), counts[np.ix_(old, new)].sum(1)
 
 
+def errors(client: MlflowClient, run: str, split: str) -> list[float]:
+    """After the third task: shares of background pixels called old and new, and of new classes' pixels called old."""
+    old = len(artifact(client, run, f"task_0/confusion_{split}.json")["classes"])
+    counts = np.array(artifact(client, run, f"task_2/confusion_{split}.json")["counts"])
+    background, new = counts[0], counts[old:]
+    return [
+        background[1:old].sum() / background.sum(),
+        background[old:].sum() / background.sum(),
+        new[:, 1:old].sum() / new.sum(),
+    ]
+
+
 def main() -> None:
     outputs = Path(sys.argv[1])
     client = MlflowClient(f"sqlite:///{outputs.absolute()}/mlflow.db")
@@ -53,6 +66,12 @@ def main() -> None:
                     most = ", ".join(classes[index] for index in np.argsort(-found, kind="stable")[:3])
                     confused = ", ".join(classes[index] for index in np.argsort(-as_old, kind="stable")[:3])
                     print(f"| {stream} | {task + 1} | {split} | {first:.2f} | {second:.2f} | {most} | {confused} |")
+    print("\n| stream | background called old | background called new | new called old |\n|---|---|---|---|")
+    for name in sys.argv[2:]:
+        ledger = json.loads((outputs / "comparisons" / name / "comparison.json").read_text())
+        for stream in ledger["done"]:
+            shares = errors(client, ledger["runs"][stream], "test_seen")
+            print(f"| {stream} | " + " | ".join(f"{share:.3f}" for share in shares) + " |")
     print("\n| samples scored | S_av | S_v | mean of abs(delta) | share with S_av > S_v | share with S_av = S_v |")
     print("|---|---|---|---|---|---|")
     for path in sorted((outputs / "store" / "scores").glob("*.json")):
