@@ -41,7 +41,7 @@ VARIANTS = {
     "ilt": {"method": "ilt"},
     "ewc": {"method": "ewc"},
     "plop, paper's weights": {"method": "plop"},
-    "eir, softmax": {"method": "eir", "method.activation": "softmax"},
+    "eir, sigmoid": {"method": "eir", "method.activation": "sigmoid"},
     "cmr, largest delta": {"method.selection": "largest"},
     "cmr, half smallest, half largest": {"method.selection": "mixed"},
     "cmr, drawn rows replace others": {"method.resampling": "replace"},

@@ -25,8 +25,9 @@ run, and pictures have no sound. The rest is our reading:
 - Region of the distillation: pixels of annotated frames without a label of their own, neither new class nor pasted
   instance: those labelled background before pseudo-labels came in. Summed over the old classes, background included.
 - Activation: the paper's sigmoids ask for a base network trained with sigmoids; here all methods share one trained by a
-  softmax (as lwf_mc.py tells too), whose logits say nothing in absolute terms. Field `activation`: "sigmoid" (paper) or
-  "softmax", which reads confidences, labels and distillation by softmax instead.
+  softmax (as lwf_mc.py tells too), whose logits say nothing in absolute terms: read by sigmoids, they find old classes in most
+  of the background (docs/results.md). Field `activation`: "softmax", which reads confidences, labels and distillation
+  by softmax, or "sigmoid" (paper).
 - Base task: plain cross-entropy, as for all methods.
 """
 
@@ -71,8 +72,8 @@ class EIR(Method):
     """Pasted instances and pseudo-labels stand for the old classes; the old network is distilled where nothing is labelled."""
 
     kd_weight: float = knob(5.0, at_least=0)  # paper: 5; 0 leaves the term out
-    activation: Literal["sigmoid", "softmax"] = knob(  # paper: sigmoid
-        "sigmoid", acts=("train", "score_before"), choices=("sigmoid", "softmax")
+    activation: Literal["sigmoid", "softmax"] = knob(  # paper: sigmoid; here the base network is trained by a softmax
+        "softmax", acts=("train", "score_before"), choices=("sigmoid", "softmax")
     )
     confidence: float = knob(0.7, acts=("train", "score_before"), at_least=0, at_most=1)  # paper: 0.7
     max_classes: int = knob(3, acts=("train", "rehearse"), at_least=0)  # predicted old classes of a sample; paper: 3
@@ -96,7 +97,7 @@ class EIR(Method):
         return True
 
     def loss(self, step: Step) -> dict[str, Mean]:
-        """Terms "binary_cross_entropy" (with `activation` "softmax" "cross_entropy") and "distillation"."""
+        """Terms "cross_entropy" (with `activation` "sigmoid" "binary_cross_entropy") and "distillation"."""
         batch, logits, real = step.batch, step.student.logits, step.batch.real_frame
         if step.task.is_base:
             return {"cross_entropy": cross_entropy(logits, batch.label, real)}

@@ -47,8 +47,8 @@ def discovered() -> list[type[Method]]:
 
 
 METHODS = discovered()
-VARIANTS = [PLOP(pod_maps="encoder"), MiB(unbiased_distillation=False), EIR(activation="softmax")]
-NAMES = [each.__name__ for each in METHODS] + ["PLOP-encoder", "MiB-biased", "EIR-softmax"]
+VARIANTS = [PLOP(pod_maps="encoder"), MiB(unbiased_distillation=False), EIR(activation="sigmoid")]
+NAMES = [each.__name__ for each in METHODS] + ["PLOP-encoder", "MiB-biased", "EIR-sigmoid"]
 every_method = pytest.mark.parametrize("method", [*(each() for each in METHODS), *VARIANTS], ids=NAMES)
 
 
