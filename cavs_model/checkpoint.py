@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ from torch import Tensor
 
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
+from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY
+from cavs_model.untrusted import FaultError, read_bounded, read_json, shown, typed, typed_fields
 
 WEIGHTS = "weights.safetensors"
 ABOUT = "about.json"
 METHOD_STATE = "method_state.safetensors"
 INTERIM = "interim.json"
+LARGEST_BYTES = 2**33  # of the tensors; the largest network with all that its optimiser keeps has a quarter
+CLASSIFIER = "classifier.conv.weight"
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,24 @@ class Checkpoint:
     def model(self) -> AVSegmenter:
         """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description."""
         try:
-            config = NetworkConfig(**{**self.about.config, "visual_weights": "none"})
+            config = NetworkConfig(**typed_fields(NetworkConfig, {**self.about.config, "visual_weights": "none"}))
+        except (InputError, FaultError) as error:
+            raise InputError(f"damaged checkpoint description {Path(self.directory) / ABOUT}: {error}") from error
+        misfit = f"checkpoint {Path(self.directory) / WEIGHTS} of {self.about.network} does not fit its description"
+        tensors = _decode(self.weights, misfit)
+        # Looked at before a network is built that may be far larger than what the file holds.
+        classifier, expected = tensors.get(CLASSIFIER), (self.about.num_classes, config.head_channels, 1, 1)
+        if classifier is None or tuple(classifier.shape) != expected:
+            has = "no classifier" if classifier is None else f"a classifier of shape {list(classifier.shape)}"
+            raise InputError(f"{misfit}: it has {has}, expected {list(expected)}")
+        try:
             model = AVSegmenter(config, self.about.num_classes, self.about.network)
-        except (InputError, TypeError) as error:
+        except InputError as error:
             raise InputError(f"damaged checkpoint description {Path(self.directory) / ABOUT}: {error}") from error
         try:
-            model.load_state_dict(load_tensors(self.weights))
-        except (SafetensorError, RuntimeError) as error:
-            path = Path(self.directory) / WEIGHTS
-            raise InputError(f"checkpoint {path} of {self.about.network} does not fit its description: {error}") from error
+            model.load_state_dict(tensors)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{misfit}: {error}") from error
         return model.eval().requires_grad_(False)
 
 
@@ -78,21 +92,25 @@ def read_about(directory: Path) -> About:
     """The description of a checkpoint alone. InputError that names a missing or damaged file."""
     path = directory / ABOUT
     try:
-        fields = json.loads(path.read_text())
-        return About(**{**fields, "config": _tuples(fields["config"]), "history": tuple(fields["history"])})
-    except FileNotFoundError as error:
-        raise InputError(f"no checkpoint at {directory}: {ABOUT} is missing") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"damaged checkpoint description {path}: {error}") from error
+        about = About(**typed_fields(About, read_json(path)))
+        if about.network not in (AUDIO_VISUAL, VISUAL_ONLY):
+            raise FaultError(f"network must be {AUDIO_VISUAL} or {VISUAL_ONLY}, not {shown(about.network)}")
+        if not 1 <= about.num_classes < IGNORE:
+            raise FaultError(f"num_classes must be from 1 to {IGNORE - 1}, not {about.num_classes}")
+        return replace(about, config=_tuples(about.config))
+    except FaultError as fault:
+        if not path.exists():
+            raise InputError(f"no checkpoint at {directory}: {ABOUT} is missing") from None
+        raise InputError(f"damaged checkpoint description {path}: {fault}") from None
 
 
 def read(directory: Path) -> Checkpoint:
     """A checkpoint in full. InputError that names a missing or damaged file."""
     about = read_about(directory)
     try:
-        return Checkpoint(about, (directory / WEIGHTS).read_bytes(), str(directory))
-    except FileNotFoundError as error:
-        raise InputError(f"no checkpoint at {directory}: {WEIGHTS} is missing") from error
+        return Checkpoint(about, read_bounded(directory / WEIGHTS, LARGEST_BYTES), str(directory))
+    except FaultError as fault:
+        raise InputError(f"no checkpoint at {directory}: {WEIGHTS} {fault}") from None
 
 
 def load(directory: Path) -> AVSegmenter:
@@ -109,11 +127,9 @@ def read_method_state(directory: Path) -> dict[str, Tensor]:
     """What a method kept, on the CPU. InputError that names a missing or damaged file."""
     path = directory / METHOD_STATE
     try:
-        return load_tensors(path.read_bytes())
-    except FileNotFoundError as error:
-        raise InputError(f"no method state at {directory}: {METHOD_STATE} is missing") from error
-    except SafetensorError as error:
-        raise InputError(f"damaged method state {path}: {error}") from error
+        return _decode(read_bounded(path, LARGEST_BYTES), f"damaged method state {path}")
+    except FaultError as fault:
+        raise InputError(f"no method state at {directory}: {METHOD_STATE} {fault}") from None
 
 
 @dataclass(frozen=True)
@@ -154,19 +170,23 @@ def save_interim(directory: Path, interim: Interim) -> None:
 def read_interim(directory: Path) -> Interim | None:
     """The interim in a directory, None where there is none. InputError that names a missing or damaged file."""
     path = directory / INTERIM
+    if not os.path.lexists(path):
+        return None
     try:
-        fields = json.loads(path.read_text())
-        path, digest = directory / Path(fields["tensors"]).name, fields.pop("digest")
-        content = path.read_bytes()
+        fields = read_json(path)
+        if not isinstance(fields, dict):
+            raise FaultError("holds no fields")
+        name, digest = typed(fields.pop("tensors", None), str, "tensors"), fields.pop("digest", None)
+        if not re.fullmatch(r"interim-\d{1,18}\.safetensors", name, re.ASCII):
+            raise FaultError(f"tensors must be the name of a file beside it, not {shown(name)}")
+        facts = typed_fields(Interim, fields, given={"tensors": {}})
+        path = directory / name
+        content = read_bounded(path, LARGEST_BYTES)
         if hashlib.sha256(content).hexdigest() != digest:
-            raise ValueError("its digest is not the one that was noted")
-        return Interim(**{**fields, "history": tuple(fields["history"]), "tensors": load_tensors(content)})
-    except FileNotFoundError as error:
-        if path.name == INTERIM:
-            return None
-        raise InputError(f"damaged interim {directory}: {path.name} is missing") from error
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        raise InputError(f"damaged interim {path}: {error}") from error
+            raise FaultError("its digest is not the one that was noted")
+        return Interim(**{**facts, "tensors": _decode(content, f"damaged interim {path}")})
+    except FaultError as fault:
+        raise InputError(f"damaged interim {path}: it {fault}") from None
 
 
 def remove_interim(directory: Path) -> None:
@@ -179,6 +199,14 @@ def _clear_interim(directory: Path, kept: set[str]) -> None:
     for path in (directory / INTERIM, *directory.glob("interim-*.safetensors"), *directory.glob(".interim*")):
         if path.name not in kept:
             path.unlink(missing_ok=True)
+
+
+def _decode(content: bytes, told: str) -> dict[str, Tensor]:
+    """The tensors of a file. InputError that begins with `told` where they cannot be read."""
+    try:
+        return load_tensors(content)
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{told}: {shown(str(error))}") from error
 
 
 def _encode(state: Mapping[str, Tensor]) -> bytes:

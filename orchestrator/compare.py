@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError, unknown
+from cavs_model.untrusted import FaultError, read_json, typed, typed_fields
 from orchestrator import cli
 from orchestrator.comparison import (
     BACKGROUND_ALONE,
@@ -30,7 +31,7 @@ from orchestrator.comparison import (
     values_of,
 )
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
-from orchestrator.ledger import refuse_changes
+from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
@@ -77,10 +78,13 @@ class Ledger:
                 raise InputError(f"{folder} is not a comparison's folder; choose another --name")
             return Ledger(folder, plan)
         try:
-            entry = json.loads(path.read_text())
-            found = Ledger(folder, entry["plan"], entry["parent"], entry["runs"], entry["done"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"damaged file {path} ({error}); delete the folder, or use --fresh") from error
+            noted = typed_fields(Ledger, read_json(path, LARGEST_LEDGER_BYTES), given={"folder": folder})
+            for name, fields in noted["done"].items():
+                for part in ("values", "background"):
+                    typed(fields.get(part), Mapping[str, float], f"done.{name}.{part}")
+        except FaultError as fault:
+            raise InputError(f"damaged file {path} (it {fault}); delete the folder, or use --fresh") from None
+        found = Ledger(**noted)
         refuse_changes(folder.name, found.plan, plan)
         return found
 

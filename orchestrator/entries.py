@@ -36,7 +36,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
+
 from cavs_model.errors import InputError
+from cavs_model.untrusted import FaultError, shown, typed
 
 FOLDER_KINDS = ("networks", "states")
 FILE_KINDS = ("scores", "counts")
@@ -95,7 +98,7 @@ class Entries:
         """The verified description of an entry, and the value in it; None where there is none. DamagedError."""
         path = self.path(kind, key)
         try:
-            content = self._file(kind, key).read_bytes()
+            content = _content(self._file(kind, key))
         except PermissionError as error:
             raise InputError(f"cannot read the store entry {path}: {error.strerror}") from error
         except FileNotFoundError:
@@ -107,6 +110,8 @@ class Entries:
         body = _unsealed(content)
         if kind in FOLDER_KINDS:
             _verify(path, body)
+        else:
+            _check_value(kind, body)
         return body
 
     def write(self, kind: str, key: str, label: str, seconds: float, value: Any) -> None:
@@ -319,6 +324,13 @@ def _sealed(body: Mapping[str, Any]) -> bytes:
     return json.dumps({"sha256": _digest(body), **body}).encode()
 
 
+def _content(path: Path) -> bytes:
+    """A file's content. DamagedError for what is no file: a pipe would be waited for."""
+    if path.exists() and not path.is_file():
+        raise DamagedError(f"{path.name} is not a file")
+    return path.read_bytes()
+
+
 def _unsealed(content: bytes) -> dict[str, Any]:
     """What was sealed. DamagedError where it is something else, in any way."""
     try:
@@ -328,7 +340,27 @@ def _unsealed(content: bytes) -> dict[str, Any]:
         raise DamagedError(f"not an entry: {type(error).__name__}: {error}") from error
     if said != _digest(body):
         raise DamagedError("its checksum differs")
+    try:  # whoever can write here can seal it too
+        for name, hint in (("label", str), ("made", float), ("seconds", float)):
+            typed(body.get(name), hint, name)
+    except FaultError as fault:
+        raise DamagedError(str(fault)) from None
     return body
+
+
+def _check_value(kind: str, body: Mapping[str, Any]) -> None:
+    """DamagedError unless the value of an entry that is one file has the form that its kind has."""
+    try:
+        value = typed(body.get("value"), Mapping[str, Any], "value")
+        if kind == "scores":
+            ids = typed(value.get("sample_ids"), tuple[str, ...], "sample_ids")
+            for name, column in typed(value.get("columns"), Mapping[str, tuple[float, ...]], "columns").items():
+                if len(column) != len(ids):
+                    raise FaultError(f"column {shown(name)} has {len(column)} rows, expected {len(ids)}")
+        elif np.array(value.get("counts"), dtype=np.int64).ndim == 0:
+            raise FaultError("counts must be a list")
+    except (FaultError, ValueError, TypeError, OverflowError) as error:
+        raise DamagedError(f"{kind}: {shown(str(error))}") from None
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -338,9 +370,17 @@ def _digest(body: Mapping[str, Any]) -> str:
 def _verify(folder: Path, body: Mapping[str, Any]) -> None:
     """DamagedError unless the files of a manifest are what was written; hashed once per process as long as none changes."""
     seen = []
-    for name, facts in body["files"].items():
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    try:
+        files = typed(body.get("files"), Mapping[str, Mapping[str, Any]], "files")
+        for name, facts in files.items():
+            typed(facts.get("bytes"), int, f"files.{name}.bytes")
+    except FaultError as fault:
+        raise DamagedError(f"{MANIFEST}: {fault}") from None
+    for name, facts in files.items():
+        if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DamagedError(f"{name!r} lies outside of it")
+        if folder.is_symlink() or os.path.realpath(folder / name) != os.path.join(os.path.realpath(folder), name):
+            raise DamagedError(f"{name!r} is reached by a link")
         try:
             stat = (folder / name).stat()
         except OSError as error:
@@ -351,12 +391,12 @@ def _verify(folder: Path, body: Mapping[str, Any]) -> None:
     state = (str(folder), _digest(body), tuple(seen))
     if state in _verified:
         return
-    for name, facts in body["files"].items():
+    for name, facts in files.items():
         try:
             found = _sha256(folder / name)
         except OSError as error:
             raise DamagedError(f"{name}: {error.strerror}") from error
-        if found != facts["sha256"]:
+        if found != facts.get("sha256"):
             raise DamagedError(f"the checksum of {name} differs")
     _verified.add(state)
 

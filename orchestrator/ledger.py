@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,11 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cavs_model.errors import InputError
+from cavs_model.untrusted import FaultError, read_json, shown, typed_fields
 from orchestrator.store import write_atomically
 
 LEDGER_FILE = "sweep.json"
 LOCK_FILE = "lock"
 SHOWN_DIFFERENCES = 5
+LARGEST_LEDGER_BYTES = 2**28
 
 # RUNNING is also the state of a trial that was cut off. FAILED is final: it failed as often as it may, or would fail again.
 State = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
@@ -49,6 +52,17 @@ class Trial:
         return self.earlier_seconds + float(self.metrics.get(COMPUTED, 0.0))
 
 
+@dataclass(frozen=True)
+class _Noted:
+    """What the file holds."""
+
+    plan: Mapping[str, Any]
+    parent: str
+    tested: int
+    test_runs: Mapping[str, str]
+    trials: Mapping[str, Mapping[str, Any]]
+
+
 @dataclass
 class Ledger:
     """The state of a sweep. Every change is on disk when the call returns; threads may share it."""
@@ -71,11 +85,18 @@ class Ledger:
                 raise InputError(f"{folder} is there and holds no {LEDGER_FILE}; choose another --name, or use --fresh")
             return Ledger(folder, plan)
         try:
-            entry = json.loads(path.read_text())
-            trials = {int(number): Trial(**fields) for number, fields in entry["trials"].items()}
-            found = Ledger(folder, entry["plan"], entry["parent"], entry["tested"], entry["test_runs"], trials)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"damaged file {path} ({error}); delete the folder, or use --fresh") from error
+            noted = typed_fields(_Noted, read_json(path, LARGEST_LEDGER_BYTES))
+            for number, fields in noted["trials"].items():
+                if not re.fullmatch(r"[1-9][0-9]{0,8}", number, re.ASCII):
+                    raise FaultError(f"trials must be by number, not {shown(number)}")
+                try:
+                    noted["trials"][number] = Trial(**typed_fields(Trial, fields))
+                except FaultError as fault:
+                    raise FaultError(f"trial {number} {fault}") from None
+        except FaultError as fault:
+            raise InputError(f"damaged file {path} (it {fault}); delete the folder, or use --fresh") from None
+        trials = {int(number): trial for number, trial in noted["trials"].items()}
+        found = Ledger(folder, **{**noted, "trials": trials})
         refuse_changes(folder.name, found.plan, plan)
         return found
 

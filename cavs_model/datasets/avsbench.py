@@ -15,33 +15,27 @@ How the files are read, and what happens to those that cannot be: clip_files.py.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
 from cavs_model.datasets.base import require
 from cavs_model.datasets.clip_files import (
-    FaultError,
     Inspection,
     Problem,
     Video,
     VideoFolder,
-    file_status,
-    inside,
     listed,
-    reason,
     row_faults,
-    shown,
 )
 from cavs_model.errors import unknown
 from cavs_model.types import BACKGROUND
+from cavs_model.untrusted import FaultError, inside, read_json, shown
 
 Subset = Literal["ci", "cis", "cim"]
 _NAMES = """
@@ -232,13 +226,9 @@ def _class_list_fault(root: str) -> str:
     if not os.path.lexists(os.path.join(root, CLASS_LIST)):
         return ""
     try:
-        path = inside(root, CLASS_LIST)
-        file_status(path)
-        ids = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids = read_json(inside(root, CLASS_LIST))
     except FaultError as fault:
         return str(fault)
-    except (OSError, ValueError, RecursionError) as error:
-        return f"cannot be read: {reason(error)}"
     if not isinstance(ids, dict):
         return "does not map class names to ids"
     expected = {"background": BACKGROUND, **_CLASS_IDS}

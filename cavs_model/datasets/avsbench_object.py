@@ -27,8 +27,9 @@ from typing import Literal, get_args
 import numpy as np
 
 from cavs_model.datasets.base import require
-from cavs_model.datasets.clip_files import Video, VideoFolder, is_plain, row_faults, shown
+from cavs_model.datasets.clip_files import Video, VideoFolder, is_plain, row_faults
 from cavs_model.errors import unknown
+from cavs_model.untrusted import shown
 
 Subset = Literal["s4", "ms3"]
 CLASS_NAMES = ("sounding-object",)

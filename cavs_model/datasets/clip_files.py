@@ -14,9 +14,7 @@ import hashlib
 import json
 import os
 import re
-import stat
 import tempfile
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -27,19 +25,19 @@ from typing import TypeVar
 
 import numpy as np
 import soundfile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from cavs_model.datasets.base import Benchmark, Clips, digest
 from cavs_model.datasets.log_mel import SAMPLE_RATE_HZ, log_mel
 from cavs_model.errors import InputError, unknown
 from cavs_model.types import Sample
+from cavs_model.untrusted import FaultError, file_status, inside, picture, read_bounded, read_json, reason, shown
 
 RENDER_VERSION = 1  # to be raised by whoever changes what is read from the same files
 
 SPLITS = ("train", "val", "test")
-LARGEST_SIDE_PX = 4096
 LARGEST_RATIO = 8  # of the sides of a frame
-LARGEST_TABLE_BYTES = 2**26
+LARGEST_TABLE_BYTES, MOST_ROWS = 2**24, 200_000
 LARGEST_CHANNELS = 8
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}", re.ASCII)  # no separator, no dot: it stays where it is put
@@ -107,10 +105,6 @@ class Problem:
 
 CheckVideo = Callable[[Video], tuple[Problem, ...]]
 MapVideos = Callable[[CheckVideo, Sequence[Video]], Iterable[tuple[Problem, ...]]]
-
-
-class FaultError(Exception):
-    """What is wrong with a file, without its name."""
 
 
 @dataclass(frozen=True)
@@ -356,9 +350,9 @@ def is_plain(name: str) -> bool:
 def read_quarantine(path: Path) -> frozenset[str]:
     """The uids in a quarantine file. InputError where it is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read the quarantine file {path}: {reason(error)}") from None
+        content = read_json(path)
+    except FaultError as fault:
+        raise InputError(f"cannot read the quarantine file {path}: it {fault}") from None
     uids = content.get("uids") if isinstance(content, dict) else None
     if not isinstance(uids, list) or not all(isinstance(uid, str) and uid for uid in uids):
         raise InputError(f'{path} is no quarantine file, which holds {{"uids": [...]}}')
@@ -386,14 +380,11 @@ def _rows(benchmark: VideoFolder, stamp: tuple[int, int]) -> tuple[str, tuple[Vi
     """SHA-256 and rows of the table. InputError where it cannot be read or lacks a column."""
     path = benchmark._folder / benchmark.table
     try:
-        real = Path(inside(str(benchmark._folder), benchmark.table))
-        if file_status(str(real)).st_size > LARGEST_TABLE_BYTES:
-            raise FaultError(f"is larger than {LARGEST_TABLE_BYTES} bytes")
-        content = real.read_bytes()
+        content = read_bounded(inside(str(benchmark._folder), benchmark.table), LARGEST_TABLE_BYTES)
+        if content.count(b"\n") > MOST_ROWS:
+            raise FaultError(f"has more than {MOST_ROWS} rows")
     except FaultError as fault:
         raise InputError(f"{path} {fault}") from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {reason(error)}") from None
     return hashlib.sha256(content).hexdigest(), _parsed(benchmark, content, path)
 
 
@@ -501,28 +492,6 @@ def _names_in(folder: Path) -> frozenset[str]:
         return frozenset()
 
 
-def inside(root: str, relative: str) -> str:
-    """The real path of something below the root."""
-    base = os.path.realpath(root)
-    path = os.path.realpath(os.path.join(base, relative))
-    if os.path.commonpath([base, path]) != base:
-        raise FaultError("leads out of the root, by a link")
-    return path
-
-
-def file_status(path: str) -> os.stat_result:
-    """A file's status; a pipe or a device would never end."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        raise FaultError("is missing") from None
-    except OSError as error:
-        raise FaultError(f"cannot be read: {reason(error)}") from None
-    if not stat.S_ISREG(status.st_mode):
-        raise FaultError("is not a file")
-    return status
-
-
 def listed(path: str) -> list[str]:
     try:
         return os.listdir(path)
@@ -533,21 +502,7 @@ def listed(path: str) -> list[str]:
 
 
 def _picture(path: str, formats: tuple[str, ...]) -> Image.Image:
-    """A decoded image in RGB. Its size is looked at before its pixels are."""
-    file_status(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=formats) as image:
-                width, height = image.size
-                if max(image.size) > min(LARGEST_SIDE_PX, LARGEST_RATIO * min(image.size)):
-                    limits = f"at most {LARGEST_SIDE_PX} px a side and {LARGEST_RATIO} to 1"
-                    raise FaultError(f"has {width} x {height} px, allowed are {limits}")
-                return image.convert("RGB")
-    except FaultError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of a decoder
-        raise FaultError(f"cannot be decoded: {reason(error)}") from None
+    return picture(path, formats, "RGB", LARGEST_RATIO)
 
 
 def read_frame(path: str) -> Image.Image:
@@ -592,18 +547,3 @@ def read_wave(path: str, seconds: int) -> np.ndarray:
     if expected - len(wave) >= SAMPLE_RATE_HZ:
         raise FaultError(f"is {len(wave) / SAMPLE_RATE_HZ:.2f} s long: of {seconds} s, a whole second or more is missing")
     return np.pad(wave, (0, expected - len(wave)))
-
-
-def shown(text: str) -> str:
-    """Text of unknown origin, quoted, on one line and of bounded length."""
-    return ascii(text if len(text) <= 60 else f"{text[:57]}...")
-
-
-def reason(error: Exception) -> str:
-    """Why something failed, on one line and without the path, which whoever reports it knows."""
-    if isinstance(error, UnidentifiedImageError):
-        return "its format is not the expected one"
-    if isinstance(error, soundfile.LibsndfileError):
-        return str(error.error_string)
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return " ".join(text.split())[:200]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
@@ -24,9 +25,14 @@ from cavs_model.datasets.base import Benchmark, Clips, digest, require
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES, SAMPLE_RATE_HZ, log_mel
 from cavs_model.errors import InputError, unknown
 from cavs_model.types import BACKGROUND, Sample
+from cavs_model.untrusted import FaultError, file_status, inside, picture, read_bounded, reason, shown
 
 RENDER_VERSION = 1  # to be raised by whoever changes what a clip looks or sounds like
 SHIPPED_PACK = Path(__file__).parent / "collage_pack"
+LARGEST_MANIFEST_BYTES, MOST_SOURCES = 2**26, 100_000
+LARGEST_SOURCE_BYTES = 2**26
+LONGEST_SOUND_S = 600
+MOST_CLIPS = 1_000_000  # of a split, whose index is held in memory
 
 # Who is met together: companions and silent objects come from a family of the clip's first class. People are in most of them.
 FAMILIES: Mapping[str, tuple[str, ...]] = {
@@ -58,6 +64,7 @@ _ENERGY_FLOOR = 0.3  # of the loudest window's RMS
 _SHORTEST_PERIOD = SAMPLE_RATE_HZ // 2  # shorter sounds are repeated with a pause
 _MIX_DB, _LEVEL_DB, _NOISE_DB = (-5.0, 5.0), (-3.0, 3.0), (-40.0, -25.0)
 _LEVEL_RMS = 0.1
+_PACK_PATH = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_. -]*(/[A-Za-z0-9_-][A-Za-z0-9_. -]*){0,7}", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -124,10 +131,10 @@ class Collage(Benchmark):
         classes = len(CLASS_NAMES)  # fewer clips would leave classes out of a split
         require(self, "frames", 1, 10)
         require(self, "image_size_px", 48, 512)
-        require(self, "train_clips", classes)
-        require(self, "val_clips", 2 * classes)
-        require(self, "test_clips", classes)
-        require(self, "seed", 0)
+        require(self, "train_clips", classes, MOST_CLIPS)
+        require(self, "val_clips", 2 * classes, MOST_CLIPS)
+        require(self, "test_clips", classes, MOST_CLIPS)
+        require(self, "seed", 0, 2**63 - 1)
 
     @property
     def name(self) -> str:
@@ -193,11 +200,7 @@ class Collage(Benchmark):
         return clips
 
     def fingerprint(self) -> str:
-        manifest = _manifest_path(self._folder)
-        try:
-            content = hashlib.sha256(manifest.read_bytes()).hexdigest()
-        except OSError as error:
-            raise InputError(f"cannot read {manifest}: {error.strerror}") from None
+        content = hashlib.sha256(_manifest(_manifest_path(self._folder))).hexdigest()
         parameters = {
             name: value for name, value in asdict(self).items() if name != "pack"
         }  # its content counts, not its place
@@ -206,11 +209,11 @@ class Collage(Benchmark):
     def check(self) -> None:
         pack = self._pack
         for relative, expected in pack.checksums.items():
-            path = Path(pack.path(relative))
+            path = pack.path(relative)
             try:
-                actual = hashlib.sha256(path.read_bytes()).hexdigest()
-            except OSError as error:
-                raise InputError(f"collage pack: {path} is missing or unreadable ({error.strerror})") from None
+                actual = hashlib.sha256(read_bounded(path, LARGEST_SOURCE_BYTES)).hexdigest()
+            except FaultError as fault:
+                raise InputError(f"collage pack: {path} {fault}") from None
             if actual != expected:
                 raise InputError(f"collage pack: {path} is damaged: its SHA-256 differs from the one in manifest.csv")
         for source in ("train", "val", "test"):
@@ -369,6 +372,11 @@ class _Pack:
     checksums: Mapping[str, str]
 
     def path(self, relative: str) -> str:
+        """Where a file lies. InputError where a link leads out of the pack."""
+        try:
+            inside(str(self.folder), relative)
+        except FaultError as fault:
+            raise InputError(f"collage pack: {self.folder / relative} {fault}") from None
         return str(self.folder / relative)
 
     def draw(self, kind: str, source: str, class_id: int | None, rng: np.random.Generator) -> str:
@@ -412,24 +420,61 @@ def _manifest_path(folder: Path) -> Path:
 
 @lru_cache(maxsize=4)
 def _read_pack(folder: str) -> _Pack:
+    """The manifest of a pack. InputError that names the row where one cannot be used."""
     manifest = _manifest_path(Path(folder))
     try:
-        with open(manifest, newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        grouped: dict[tuple[str, str, str], dict[str, list[str]]] = {}
-        for row in rows:
-            key = (row["kind"], row["split"], row["class"] if row["kind"] != "background" else "")
-            grouped.setdefault(key, {}).setdefault(row["group"], []).append(row["path"])
-        return _Pack(
-            folder=Path(folder),
-            groups={key: tuple(tuple(paths) for paths in groups.values()) for key, groups in grouped.items()},
-            styles={row["path"]: row["style"] for row in rows},
-            checksums={row["path"]: row["sha256"] for row in rows},
-        )
-    except OSError as error:
-        raise InputError(f"cannot read {manifest}: {error.strerror}") from None
-    except KeyError as error:
-        raise InputError(f"{manifest} has no column {error}") from None
+        lines = _manifest(manifest).decode("utf-8-sig").splitlines()
+        rows = list(csv.DictReader(lines, strict=True))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{manifest} is not UTF-8 text: {reason(error)}") from None
+    except csv.Error as error:
+        raise InputError(f"{manifest} is not a table of comma-separated values: {reason(error)}") from None
+    if not rows:
+        raise InputError(f"{manifest} has no rows")
+    grouped: dict[tuple[str, str, str], dict[str, list[str]]] = {}
+    paths: dict[str, int] = {}
+    for number, row in enumerate(rows, start=2):
+        fault = _row_fault(row, paths)
+        if fault:
+            raise InputError(f"{manifest}, row {number}: {fault}")
+        paths[row["path"]] = number
+        key = (row["kind"], row["split"], row["class"] if row["kind"] != "background" else "")
+        grouped.setdefault(key, {}).setdefault(row["group"], []).append(row["path"])
+    return _Pack(
+        folder=Path(folder),
+        groups={key: tuple(tuple(paths) for paths in groups.values()) for key, groups in grouped.items()},
+        styles={row["path"]: row["style"] for row in rows},
+        checksums={row["path"]: row["sha256"] for row in rows},
+    )
+
+
+def _manifest(path: Path) -> bytes:
+    try:
+        content = read_bounded(inside(str(path.parent), path.name), LARGEST_MANIFEST_BYTES)
+    except FaultError as fault:
+        raise InputError(f"cannot read {path}: it {fault}") from None
+    if content.count(b"\n") > MOST_SOURCES:
+        raise InputError(f"{path} has more than {MOST_SOURCES} rows")
+    return content
+
+
+def _row_fault(row: Mapping[str | None, object], before: Mapping[str, int]) -> str:
+    """What is wrong with a row of the manifest; empty where nothing is."""
+    for name in ("path", "kind", "class", "style", "group", "split", "sha256"):
+        if not isinstance(row.get(name), str):
+            return f"has no column {name!r}"
+    path = str(row["path"])
+    if not _PACK_PATH.fullmatch(path) or ".." in path.split("/"):
+        return f"path {shown(path)} is no plain path below the pack"
+    if path in before:
+        return f"path {shown(path)} stands in row {before[path]} too"
+    if not re.fullmatch(r"[0-9a-f]{64}", str(row["sha256"])):
+        return f"sha256 {shown(str(row['sha256']))} is none"
+    allowed = {"kind": ("image", "sound", "background"), "split": ("train", "val", "test"), "class": ("", *CLASS_NAMES)}
+    for name, choices in allowed.items():
+        if row[name] not in choices:
+            return f"unknown {name} {shown(str(row[name]))}; one of: {', '.join(filter(None, choices))}"
+    return ""
 
 
 @lru_cache(maxsize=512)
@@ -444,20 +489,27 @@ def _background(path: str) -> Image.Image:
 
 def _decode(path: str, mode: str) -> Image.Image:
     try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except (OSError, ValueError) as error:
-        raise InputError(f"collage pack: cannot decode {path}: {error}") from None
+        return picture(path, ("WEBP", "PNG", "JPEG"), mode)
+    except FaultError as fault:
+        raise InputError(f"collage pack: {path} {fault}") from None
 
 
 @lru_cache(maxsize=512)
 def _recording(path: str) -> _Recording:
     try:
-        wave, rate = soundfile.read(path, dtype="float32")
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise InputError(f"collage pack: cannot decode {path}: {error}") from None
-    if wave.ndim != 1 or rate != SAMPLE_RATE_HZ:
-        raise InputError(f"collage pack: {path} must be mono at {SAMPLE_RATE_HZ} Hz, has {rate} Hz and shape {wave.shape}")
+        file_status(path)
+        with soundfile.SoundFile(path) as file:
+            if (file.channels, file.samplerate) != (1, SAMPLE_RATE_HZ):
+                raise FaultError(f"must be mono at {SAMPLE_RATE_HZ} Hz, has {file.channels} channels at {file.samplerate} Hz")
+            if not 0 < file.frames <= LONGEST_SOUND_S * SAMPLE_RATE_HZ:
+                raise FaultError(f"has {file.frames} samples, allowed are 1 to {LONGEST_SOUND_S * SAMPLE_RATE_HZ}")
+            wave = file.read(dtype="float32")
+    except FaultError as fault:
+        raise InputError(f"collage pack: {path} {fault}") from None
+    except Exception as error:  # whatever a damaged file makes of a decoder
+        raise InputError(f"collage pack: {path} cannot be decoded: {reason(error)}") from None
+    if not len(wave) or not np.isfinite(wave).all():
+        raise InputError(f"collage pack: {path} has no samples, or some that are no finite numbers")
     if len(wave) < SAMPLE_RATE_HZ:
         period = np.pad(wave, (0, max(0, _SHORTEST_PERIOD - len(wave))))
         wave = np.resize(period, SAMPLE_RATE_HZ)

@@ -46,10 +46,10 @@ class Tones(Benchmark):
     def __post_init__(self) -> None:
         require(self, "num_classes", 2, 12)
         for name in ("train_clips", "val_clips", "test_clips"):
-            require(self, name, self.num_classes)  # so that every class is in every split
-        require(self, "frames", 2 if self.short_clips else 1)
-        require(self, "image_size_px", 16)
-        require(self, "seed", 0)
+            require(self, name, self.num_classes, 1_000_000)  # so that every class is in every split
+        require(self, "frames", 2 if self.short_clips else 1, 60)
+        require(self, "image_size_px", 16, 1024)
+        require(self, "seed", 0, 2**63 - 1)
 
     @property
     def name(self) -> str:

@@ -24,6 +24,7 @@ from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Batch, Prediction
 Modalities = Literal["both", "picture", "sound"]
 MODALITIES = ("both", "picture", "sound")
 MID_GREY = 128
+LARGEST_WIDTH, LARGEST_AUDIO_DIM, MOST_DILATIONS = 1024, 4096, 16  # of a network that can be built at all
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,12 @@ class NetworkConfig:
     modalities: Modalities = "both"  # what the audio-visual network perceives
 
     def __post_init__(self) -> None:
-        if self.width < 2 or self.width % 2:
-            raise InputError(f"width must be a positive even number, got {self.width}")
-        if self.audio_dim < 1:
-            raise InputError(f"audio_dim must be positive, got {self.audio_dim}")
-        if not self.dilations or min(self.dilations) < 1:
-            raise InputError(f"dilations must be one or more positive numbers, got {self.dilations}")
+        if not 2 <= self.width <= LARGEST_WIDTH or self.width % 2:
+            raise InputError(f"width must be a positive even number of at most {LARGEST_WIDTH}, got {self.width}")
+        if not 1 <= self.audio_dim <= LARGEST_AUDIO_DIM:
+            raise InputError(f"audio_dim must be positive and at most {LARGEST_AUDIO_DIM}, got {self.audio_dim}")
+        if not 1 <= len(self.dilations) <= MOST_DILATIONS or not 1 <= min(self.dilations) <= max(self.dilations) <= 1024:
+            raise InputError(f"dilations must be 1 to {MOST_DILATIONS} numbers from 1 to 1024, got {self.dilations[:20]}")
         if self.modalities not in MODALITIES:
             raise unknown("modalities", self.modalities, MODALITIES)
 

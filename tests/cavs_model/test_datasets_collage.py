@@ -303,7 +303,7 @@ def test_check_names_what_a_manifest_lacks(pack):
 def test_an_undecodable_file_is_named_when_rendering(pack):
     for path in (pack / "backgrounds").iterdir():
         path.write_bytes(b"no picture")
-    with pytest.raises(InputError, match=r"cannot decode .*backgrounds"):
+    with pytest.raises(InputError, match=r"backgrounds/.* cannot be decoded"):
         Collage(pack=str(pack)).render("train", [0])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,14 +237,8 @@ def test_the_command_line_overrides_the_space():
 
 @pytest.fixture
 def pack(tmp_path):
-    """The shipped pack as links, so that one of its files can be damaged."""
-    folder = tmp_path / "pack"
-    for path in SHIPPED_PACK.rglob("*"):
-        if path.is_file():
-            link = folder / path.relative_to(SHIPPED_PACK)
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to(path)
-    return folder
+    """A copy of the shipped pack, so that one of its files can be damaged."""
+    return pathlib.Path(shutil.copytree(SHIPPED_PACK, tmp_path / "pack"))
 
 
 def command(verb, arguments, monkeypatch):
