@@ -79,7 +79,7 @@ class Checkpoint:
         try:
             model.load_state_dict(tensors)
         except (RuntimeError, TypeError, ValueError) as error:
-            raise InputError(f"{misfit}: {error}") from error
+            raise InputError(f"{misfit}: {' '.join(str(error).split())[:500]}") from error
         return model.eval().requires_grad_(False)
 
 

@@ -62,7 +62,7 @@ class Scenario:
         total = len(benchmark.class_names())
         if self.setting == str(total):
             return (total,)
-        match = re.fullmatch(r"(\d+)-(\d+)", self.setting)
+        match = re.fullmatch(r"([0-9]{1,4})-([0-9]{1,4})", self.setting)
         base, step = (int(match[1]), int(match[2])) if match else (0, 0)
         if base < MIN_CLASSES or step < MIN_CLASSES or base >= total or (total - base) % step:
             usual = ", ".join(benchmark.settings())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import math
 import os
 import pkgutil
 import re
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError, unknown
-from orchestrator.experiment import Experiment, Objective, Trial, override, parse_assignments
+from orchestrator.experiment import Experiment, Objective, Trial, check_types, override, parse_assignments
+from orchestrator.redaction import redacted, redacted_traceback
 
 DEFAULT_SPACE = "cmr_collage"
 INPUT_ERROR_STATUS = 2
@@ -49,9 +51,11 @@ class _Recorder:
         self.values: dict[str, Any] = {}
 
     def suggest_int(self, name: str, low: int, high: int, *, step: int = 1, log: bool = False) -> int:
+        _check_range(name, low, high, step, log and step == 1, int)
         return int(self._answer(name, low, high))
 
     def suggest_float(self, name: str, low: float, high: float, *, step: float | None = None, log: bool = False) -> float:
+        _check_range(name, low, high, step, log, (int, float))
         return float(self._answer(name, low, high))
 
     def suggest_categorical(self, name: str, choices: Any) -> Any:
@@ -60,6 +64,16 @@ class _Recorder:
     def _answer(self, name: str, low: Any, high: Any) -> Any:
         self.values[name] = high if self._highest else low
         return self.values[name]
+
+
+def _check_range(name: str, low: Any, high: Any, step: Any, log: bool, kind: Any) -> None:
+    """ValueError for a range that no sampler could draw from."""
+    for word, value in (("low", low), ("high", high), ("step", 1 if step is None else step)):
+        if not isinstance(value, kind) or isinstance(value, bool) or not math.isfinite(value):
+            raise ValueError(f"{word} of {name} must be a {'whole' if kind is int else 'finite'} number, not {value!r}")
+    if low > high or (log and low <= 0) or (step is not None and step <= 0):
+        more = f", step {step!r}" * (step is not None) + ", log" * log
+        raise ValueError(f"the range of {name} is empty or does not fit its scale: {low!r} to {high!r}{more}")
 
 
 def open_knobs(space: SearchSpace) -> dict[str, Any]:
@@ -73,7 +87,10 @@ def open_knobs(space: SearchSpace) -> dict[str, Any]:
             space.define(recorder)
         except Exception as error:  # whatever a user's file does
             raise InputError(f"search space {space.name}: define(trial) failed: {type(error).__name__}: {error}") from error
-        override(space.base, recorder.values)
+        try:
+            override(space.base, recorder.values)
+        except InputError as error:
+            raise InputError(f"search space {space.name}: {error}") from error
     return low.values
 
 
@@ -99,6 +116,10 @@ def load_space(name: str) -> SearchSpace:
             raise InputError(f"search space {name} must define BASE (an Experiment), OBJECTIVES (a tuple) and define(trial)")
     if not module.OBJECTIVES or not all(isinstance(objective, Objective) for objective in module.OBJECTIVES):
         raise InputError(f"search space {name}: OBJECTIVES must hold one Objective or more")
+    try:
+        check_types(module.BASE)
+    except InputError as error:
+        raise InputError(f"search space {name}: BASE: {error}") from error
     variants = getattr(module, "VARIANTS", {})
     if not isinstance(variants, Mapping) or not all(isinstance(changes, Mapping) for changes in variants.values()):
         raise InputError(f'search space {name}: VARIANTS must map names to changed fields, {{"plop": {{"method": "plop"}}}}')
@@ -202,12 +223,17 @@ def check_name(name: str | None) -> None:
 
 
 def main(verb: Callable[[], int]) -> int:
-    """Runs a verb; bad input is one line on stderr and exit status 2, an interrupt is status 130."""
+    """Runs a verb; bad input is one line on stderr and exit status 2, an interrupt is status 130.
+
+    What is told of an error, also of one that nobody expects, is without secrets.
+    """
     signal.signal(signal.SIGTERM, _interrupt)  # `ray job stop`, batch systems
+    sys.excepthook = redacted_traceback
     try:
         return verb()
     except InputError as error:
-        print("error:", "; ".join(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
+        text = redacted(str(error))
+        print("error:", "; ".join(line.strip() for line in text.splitlines() if line.strip()), file=sys.stderr)
         return INPUT_ERROR_STATUS
     except KeyboardInterrupt:
         print("interrupted; what was computed is kept and will be reused", file=sys.stderr)

@@ -35,6 +35,7 @@ from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.redaction import redacted
 from orchestrator.store import StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
 from orchestrator.tracker import Tracker, record_of, tracking_uri
@@ -167,7 +168,7 @@ def compare() -> int:
         tracker.resume(ledger.parent)
     else:
         ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
-        tracker.artifact(ledger.parent, "config.json", {"command": sys.argv, **plan})
+        tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.
@@ -241,7 +242,7 @@ class _Job:
                     if isinstance(error, InputError):
                         raise error
                     if error is not None:
-                        failed[stream.name] = f"{type(error).__name__}: {error}"
+                        failed[stream.name] = redacted(f"{type(error).__name__}: {error}")
         finally:
             # A stream that is cut off waits inside the backend; it ends when the cluster does.
             pool.shutdown(wait=False, cancel_futures=True)
@@ -279,7 +280,8 @@ class _Job:
             self.progress({"kind": "trial", "text": text, **label})
         except Exception as error:
             with self._writing():
-                self.tracker.tag(self.ledger.runs[stream.name], {"failure": f"{type(error).__name__}: {error}"[:4000]})
+                failure = redacted(f"{type(error).__name__}: {error}")[:4000]
+                self.tracker.tag(self.ledger.runs[stream.name], {"failure": failure})
                 self._end(stream, "FAILED")
             self.progress({"kind": "trial", "text": f"failed: {type(error).__name__}: {error}", **label})
             raise

@@ -93,6 +93,8 @@ class Objective:
     mode: typing.Literal["max", "min"] = "max"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.metric, str) or not self.metric:
+            raise InputError(f"an objective's metric must be its name, such as val/miou/all, not {self.metric!r}")
         if self.mode not in ("max", "min"):
             raise unknown("mode of an objective", self.mode, ("max", "min"))
 
@@ -145,8 +147,25 @@ def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
     and fields of one value change together. InputError for an unknown path (with the nearest and all valid ones), a value
     of the wrong type, or one that the value it belongs to refuses.
     """
+    for path in changes:
+        if not isinstance(path, str):
+            raise InputError(f"unknown field {path!r}: a field's path is text, such as method.samples_per_class")
     changed: Experiment = _changed(experiment, changes, "")
     return changed
+
+
+def check_types(value: Any, prefix: str = "") -> None:
+    """InputError that names a field of an experiment whose value has not the field's type: Python itself does not look."""
+    hints = typing.get_type_hints(type(value))
+    for item in dataclasses.fields(value):
+        path, content = f"{prefix}{item.name}", getattr(value, item.name)
+        kind = hints[item.name]
+        if isinstance(kind, type) and (choices_of(kind) is not None or dataclasses.is_dataclass(kind)):
+            if not isinstance(content, kind):
+                raise InputError(f"{path} must be a {kind.__name__}, not {content!r}")
+            check_types(content, f"{path}.")
+        elif _typed(content, kind, path) != content:
+            raise InputError(f"{path} must be {_typed(content, kind, path)!r}, not {content!r}")
 
 
 def parse_assignments(assignments: typing.Sequence[str]) -> dict[str, str]:

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from cavs_model.train import TEACHER_COST
 from orchestrator.experiment import Experiment
+from orchestrator.redaction import redacted
 
 Event = Mapping[str, Any]
 Observer = Callable[[Event], None]
@@ -166,7 +167,7 @@ class Progress:
     def line(self, text: str) -> None:
         """Prints a line with the time since the start."""
         self._last_line = self.now()
-        print(f"[{clock(self._last_line - self.started)}] {text}", file=self.out, flush=True)
+        print(f"[{clock(self._last_line - self.started)}] {redacted(text)}", file=self.out, flush=True)
 
 
 @contextmanager

@@ -169,7 +169,10 @@ def _journal(folder: Path, directions: Sequence[StudyDirection]) -> optuna.Study
 def described(space: SearchSpace) -> dict[str, Any]:
     """The space's knobs with their ranges, as plain values."""
     trial = _study(["maximize"], optuna.samplers.RandomSampler(seed=0)).ask()
-    space.define(trial)
+    try:
+        space.define(trial)
+    except Exception as error:  # whatever a user's file does, and what Optuna says of it
+        raise InputError(f"search space {space.name}: define(trial) failed: {type(error).__name__}: {error}") from error
     return {
         name: json.loads(optuna.distributions.distribution_to_json(distribution))
         for name, distribution in trial.distributions.items()

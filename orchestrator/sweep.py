@@ -23,6 +23,7 @@ from orchestrator.experiment import Experiment, Objective, flatten, override, pl
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
 from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.redaction import redacted
 from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
 from orchestrator.store import StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
@@ -139,6 +140,7 @@ class TrialLog:
         self.ledger.change(number, logged={**logged, run: max(task, logged.get(run, -1))}, **changes)
 
     def _fail(self, number: int, error: str) -> None:
+        error = redacted(error)
         if run := self.ledger.trials[number].run:
             self.tracker.tag(run, {"failure": error[:4000]})
             self._end(number, "FAILED")
@@ -273,7 +275,7 @@ class _Sweep:
         tags = {**tags_of(experiment), "space": self.space.name}
         parent = self.tracker.start(self.ledger.folder.name, "sweep", flatten(experiment), tags=tags)
         self.ledger.update(parent=parent)
-        self.tracker.artifact(parent, "config.json", {"command": sys.argv, **self.ledger.plan})
+        self.tracker.artifact(parent, "config.json", {"command": [redacted(each) for each in sys.argv], **self.ledger.plan})
 
     def _compute(self, concurrency: int) -> str:
         """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""

@@ -464,7 +464,7 @@ def _row_fault(row: Mapping[str | None, object], before: Mapping[str, int]) -> s
         if not isinstance(row.get(name), str):
             return f"has no column {name!r}"
     path = str(row["path"])
-    if not _PACK_PATH.fullmatch(path) or ".." in path.split("/"):
+    if len(path) > 200 or not _PACK_PATH.fullmatch(path) or ".." in path.split("/"):
         return f"path {shown(path)} is no plain path below the pack"
     if path in before:
         return f"path {shown(path)} stands in row {before[path]} too"
