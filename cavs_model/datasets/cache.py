@@ -2,7 +2,8 @@
 
 A split is stored as blocks of 64 clips. A block is one .npy file of records (see `record_type`) followed by the 32 bytes of
 its SHA-256; it appears under its name only when it is complete, so that an interrupted build goes on where it stopped and two
-processes may write the same block at once. Opening looks at headers and sizes alone; `verify` reads everything.
+processes may write the same block at once. Opening a split looks at headers and sizes alone; a block is held against its
+SHA-256 when a process first reads of it, and is made anew where it differs. `verify` reads everything.
 
 Beside the clips lie, where a network has a sound encoder that is never trained, its vectors of every clip's seconds: blocks of
 the same kind, whose names begin with `vggish.feature_name`, so that every weight file has its own.
@@ -38,6 +39,8 @@ MapBlocks = Callable[[Callable[[Job], None], Sequence[Job]], Iterable[None]]
 
 _DIGEST_BYTES = 32
 _log = logging.getLogger(__name__)
+# Blocks that this process found whole: path, size, time of the last change and place on the disk, of which a copy has another.
+_whole: set[tuple[str, int, int, int]] = set()
 
 
 def renumbering(class_names: Sequence[str], order: Sequence[str]) -> np.ndarray:
@@ -85,13 +88,13 @@ def cache_folder(benchmark: Benchmark, split: str, root: str | Path) -> Path:
 def missing_blocks(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> list[int]:
     """The blocks that are absent or, by their header and size, not whole. The latter are logged as warnings.
 
-    Of the clips, or of the vectors of sound whose name `features` is.
+    Of the clips, or of the vectors of sound whose name `features` is: these are small, so that they are read in full.
     """
     folder, record = cache_folder(benchmark, split, root), feature_type(benchmark) if features else record_type(benchmark)
     missing = []
     for block, positions in enumerate(_blocks(benchmark, split)):
         path = _block_path(folder, block, features)
-        fault = _fault(path, record, len(positions))
+        fault = _fault(path, record, len(positions)) or ("" if not features or _is_whole(path) else "its checksum differs")
         if fault:
             missing.append(block)
             if path.exists():
@@ -117,7 +120,7 @@ def write_features(benchmark: Benchmark, split: str, block: int, root: str | Pat
     folder, record = cache_folder(benchmark, split, root), feature_type(benchmark)
     positions = _blocks(benchmark, split)[block]
     path = _block_path(folder, block, feature_name(weights))
-    if not _fault(path, record, len(positions)):
+    if not _fault(path, record, len(positions)) and _is_whole(path):
         return
     clips = DecodedSplit(benchmark, split, root).read(positions)
     records = np.zeros(len(positions), record)
@@ -271,9 +274,18 @@ class DecodedSplit:
             return _records(self.benchmark, self.split, _blocks(self.benchmark, self.split)[block])
         path = _block_path(self._folder, block, features)
         try:
+            if not _is_whole(path):
+                self._mend(path, block, features)
             return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
         except (OSError, ValueError) as error:
             raise InputError(f"cannot read the cache file {path}: {error}") from None
+
+    def _mend(self, path: Path, block: int, features: str) -> None:
+        """Puts a whole block in the place of a damaged one, from which processes that have it open go on reading."""
+        if features:  # whose weights are not known here
+            raise InputError(f"the cache file {path} is damaged: its checksum differs; the same command again makes it anew")
+        _log.warning("%s is damaged (its checksum differs) and is rebuilt", path)
+        _write_atomically(path, _encode(_records(self.benchmark, self.split, _blocks(self.benchmark, self.split)[block])))
 
 
 def _blocks(benchmark: Benchmark, split: str) -> list[range]:
@@ -354,12 +366,22 @@ def _fault(path: Path, record: np.dtype[np.void], count: int) -> str:
     return "" if size == expected else f"{size} bytes instead of {expected}"
 
 
+def _is_whole(path: Path) -> bool:
+    """Whether a block's checksum matches; read once in a process as long as the file stays the same. OSError."""
+    status = path.stat()
+    state = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    if state not in _whole:
+        if not _checksum_matches(path):
+            return False
+        _whole.add(state)
+    return True
+
+
 def _checksum_matches(path: Path) -> bool:
     digest = hashlib.sha256()
-    remaining = path.stat().st_size - _DIGEST_BYTES
+    remaining = max(0, path.stat().st_size - _DIGEST_BYTES)
     with open(path, "rb") as file:
-        while remaining:
-            chunk = file.read(min(remaining, 1 << 20))
+        while remaining and (chunk := file.read(min(remaining, 1 << 20))):
             digest.update(chunk)
             remaining -= len(chunk)
         return file.read() == digest.digest()

@@ -11,9 +11,19 @@ import pytest
 import torch
 
 from cavs_model.datasets import cache
-from cavs_model.datasets.cache import build, cache_folder, missing_blocks, open_split, renumbering, verify, write_block
+from cavs_model.datasets.cache import (
+    DecodedSplit,
+    build,
+    cache_folder,
+    missing_blocks,
+    open_split,
+    renumbering,
+    verify,
+    write_block,
+)
 from cavs_model.datasets.tones import Tones
 from cavs_model.errors import InputError
+from cavs_model.networks.vggish import feature_name
 from cavs_model.types import IGNORE, LabelRule
 
 
@@ -142,6 +152,44 @@ def test_verify_finds_a_flipped_bit(tmp_path):
     assert missing_blocks(TONES, "train", tmp_path) == []  # a look at headers cannot see it
     with pytest.raises(InputError, match=victim.name):
         verify(TONES, "train", tmp_path)
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_block_with_a_flipped_bit_is_told_of_and_rebuilt_when_it_is_read(tmp_path, caplog, monkeypatch):
+    build(TONES, ["train"], tmp_path)
+    victim = block_files(tmp_path)[1]
+    flip_a_bit(victim)
+    hashed, real = [], cache._checksum_matches
+    monkeypatch.setattr(cache, "_checksum_matches", lambda path: hashed.append(path) or real(path))
+    split = open_split(TONES, "train", tmp_path)
+    assert_same_clips(split.read([5]), TONES.render("train", [5]))
+    assert victim not in hashed  # each block when it is needed
+    assert_same_clips(split.read([70, 71]), TONES.render("train", [70, 71]))
+    assert f"{victim} is damaged (its checksum differs) and is rebuilt" in caplog.text
+    assert real(victim)
+    for again in (split, open_split(TONES, "train", tmp_path), pickle.loads(pickle.dumps(split))):
+        again.read(range(len(again)))
+    assert sorted(hashed) == sorted([block_files(tmp_path)[0], victim, victim, block_files(tmp_path)[2]])  # once a content
+
+
+def test_vectors_of_sound_with_a_flipped_bit_are_found_by_the_next_build(tmp_path, caplog):
+    tones = StoredTones(val_clips=4)
+    build(tones, ["val"], tmp_path, audio_weights="none")
+    name = feature_name("none")
+    [victim] = [path for path in cache_folder(tones, "val", tmp_path).iterdir() if path.name.startswith(name)]
+    before = victim.read_bytes()
+    flip_a_bit(victim)
+    split = DecodedSplit(tones, "val", tmp_path, name)
+    with pytest.raises(InputError, match=victim.name):
+        split.batch(split.sample_ids[:1], [False], [np.arange(256, dtype=np.uint8)])
+    build(tones, ["val"], tmp_path, audio_weights="none")
+    assert f"{victim} is damaged (its checksum differs) and will be rebuilt" in caplog.text
+    assert victim.read_bytes() == before
 
 
 def test_writers_of_the_same_block_do_not_disturb_each_other(tmp_path):
