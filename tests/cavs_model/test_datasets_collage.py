@@ -322,7 +322,7 @@ def test_an_absent_pack_is_named(tmp_path):
         ({"frames": 11}, "from 1 to 10"),
         ({"image_size_px": 16}, "Collage.image_size_px"),
         ({"train_clips": 0}, "Collage.train_clips"),
-        ({"val_clips": 47}, "at least 48"),
+        ({"val_clips": 47}, "from 48 to 1000000"),
         ({"test_clips": 23}, "Collage.test_clips"),
         ({"seed": -1}, "Collage.seed"),
     ],
