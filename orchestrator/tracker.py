@@ -10,17 +10,19 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy import create_engine
 from torch import Tensor
 
 from cavs_model.errors import InputError
@@ -32,6 +34,7 @@ EXPERIMENT = "cavs"
 METRICS_A_REQUEST = 1000  # limits of MLflow's log_batch
 PARAMS_A_REQUEST = 100
 PARAM_CHARACTERS = 6000
+CONNECT_SECONDS = 8
 
 
 @dataclass(frozen=True)
@@ -121,14 +124,17 @@ class Tracker:
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a line per table at first contact
         try:
             with _patience(), _alone(uri):
-                self._client = MlflowClient(tracking_uri=uri)
+                _try(uri)
+                self._client: Any = _Discreet(MlflowClient(tracking_uri=uri), uri)
                 self.experiment_id = self._experiment(artifact_root)
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
-            reason = (str(error).replace(_credentials(uri), "").strip() or type(error).__name__).splitlines()[0][:300]
+            reason = (discreet(str(error), uri).strip() or type(error).__name__).splitlines()[0][:300]
+            if isinstance(error, ModuleNotFoundError):  # of the database's driver
+                reason += " (pip install -e '.[postgres]' has PostgreSQL's)"
             raise InputError(
                 f"MLflow cannot be reached at {without_password(uri)}: {reason}; set MLFLOW_TRACKING_URI to a running "
                 "server (http://host:port) or a database (sqlite:///absolute/path.db), or unset it for the default"
-            ) from error
+            ) from (error if discreet(str(error), uri) == str(error) else None)
 
     def _experiment(self, artifact_root: Path) -> str:
         found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -183,7 +189,8 @@ class Tracker:
         """How to look at the runs."""
         if self.uri.startswith(("http://", "https://")):
             return f"open {without_password(self.uri)}"
-        return f"make ui (or: mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)})"
+        command = f"mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)}"
+        return f"make ui (or: {command})" if self.uri.startswith("sqlite:") else command
 
     def child(self, parent: str, tags: Mapping[str, str]) -> str:
         """The run below `parent` that has these tags, "" where there is none: begun by a process that could not note its id."""
@@ -235,21 +242,69 @@ def tracking_uri(outputs: Path) -> str:
         ) from error
     if scheme in ("", "file"):
         raise InputError(
-            f"MLFLOW_TRACKING_URI={uri!r} is a folder, which MLflow no longer writes; "
+            f"MLFLOW_TRACKING_URI={without_password(uri)!r} is a folder, which MLflow no longer writes; "
             "use sqlite:///absolute/path.db or http://host:port"
         )
     return uri
 
 
 def without_password(uri: str) -> str:
-    """The URI without user and password, for messages."""
+    """The URI without user and password, for messages. What looks like one but is none loses all before its last "@"."""
+    parts = urlsplit(uri)
+    if not parts.netloc and parts.scheme != "sqlite":
+        uri = uri.rpartition("@")[2]
+    for value in _secret_values(uri):
+        uri = uri.replace(f"={value}", "=***")
     return uri.replace(_credentials(uri), "", 1)
+
+
+def discreet(text: str, uri: str) -> str:
+    """A text, such as an error of MLflow's, without the user and the passwords that a URI holds."""
+    credentials = _credentials(uri)
+    password = credentials.removesuffix("@").partition(":")[2]
+    text = text.replace(uri, without_password(uri))
+    if credentials:
+        text = text.replace(credentials, "")
+    for secret in (password, unquote(password), *_secret_values(uri)):
+        text = text.replace(secret, "***") if len(secret) > 3 else text  # a shorter one is part of other words
+    return text
 
 
 def _credentials(uri: str) -> str:
     """ "user:password@" of a URI, or nothing."""
     user, at, _ = urlsplit(uri).netloc.rpartition("@")
     return user + at
+
+
+def _secret_values(uri: str) -> list[str]:
+    """Passwords among the options after a URI's "?", as they stand there and decoded."""
+    found = []
+    for option in urlsplit(uri).query.split("&"):
+        name, _, value = option.partition("=")
+        if value and re.search("pass|pwd|secret|token|key", name, re.IGNORECASE):
+            found += [value, unquote(value)]
+    return found
+
+
+class _Discreet:
+    """MLflow's client, whose errors do not show the password of its URI: a sweep prints them, and tracebacks are logged."""
+
+    def __init__(self, client: MlflowClient, uri: str) -> None:
+        self._client, self._uri = client, uri
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            try:
+                return method(*arguments, **options)
+            except Exception as error:
+                text = discreet(str(error), self._uri)
+                if text == str(error):
+                    raise
+                raise MlflowException(text) from None
+
+        return call
 
 
 def _text(value: Any) -> str:
@@ -271,6 +326,16 @@ def _patience() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _try(uri: str) -> None:
+    """Connects to a database server once: MLflow itself would try a wrong password for two minutes."""
+    if uri.startswith("postgresql"):
+        engine = create_engine(uri, connect_args={"connect_timeout": CONNECT_SECONDS})
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()
 
 
 @contextmanager

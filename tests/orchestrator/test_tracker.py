@@ -375,11 +375,12 @@ def test_the_environment_decides(uri, monkeypatch):
     assert tracking_uri(Path("out")) == uri
 
 
-@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "/abs/mlruns", "file:///abs/mlruns", "http://[::1"])
+@pytest.mark.parametrize("uri", ["mlruns", "./mlruns", "/abs/mlruns", "file:///abs/mlruns", "http://[::1", "//u:secret@h/x"])
 def test_a_folder_and_what_is_no_uri_are_refused(uri, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI.*sqlite:///absolute/path.db or http://host:port"):
+    with pytest.raises(InputError, match=r"MLFLOW_TRACKING_URI.*sqlite:///absolute/path.db or http://host:port") as error:
         tracking_uri(Path("out"))
+    assert "secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +391,11 @@ def test_a_folder_and_what_is_no_uri_are_refused(uri, monkeypatch):
         ("http://user:se@cret@host", "http://host"),
         ("http://host:5000", "http://host:5000"),
         ("sqlite:////a@b/c.db", "sqlite:////a@b/c.db"),
+        (
+            "postgresql://host/db?user=u&password=secret&sslmode=require",
+            "postgresql://host/db?user=u&password=***&sslmode=require",
+        ),
+        ("user:secret@host/db", "host/db"),
     ],
 )
 def test_a_password_is_never_shown(uri, shown):
