@@ -35,6 +35,7 @@ from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
 from orchestrator.store import StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
@@ -182,6 +183,7 @@ def compare() -> int:
                 failed = job.run(todo, lambda each: LocalBackend(outputs / "data", each.experiment.resources, progress), 1)
         elif todo:
             with connected(arguments.verbose) as cluster:
+                ready(todo[0].experiment, outputs, cluster)
                 fits = min(cluster.concurrent_jobs(stream.experiment.resources) for stream in todo)
                 progress.line(f"{cluster.describe()}; {fits} streams at a time")
                 mailbox = new_mailbox()

@@ -6,6 +6,7 @@ One fit per task and network: nothing of a fit lives between the tasks of a stre
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ import torch
 import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -85,6 +87,76 @@ class Cluster:
                     "lower resources.workers (or cpus_per_worker, gpus_per_worker) or add nodes"
                 )
         return min(int(there // wanted) for wanted, there in needs.values() if wanted)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster that is alive."""
+
+    id: str
+    host: str
+    cpus: float
+    gpus: float
+
+    @property
+    def name(self) -> str:
+        """Host and the beginning of the id: several nodes may run on one host."""
+        return f"{self.host}/{self.id[:6]}"
+
+    @property
+    def size(self) -> str:
+        """Its CPUs and GPUs."""
+        return f"({self.cpus:g} CPUs, {self.gpus:g} GPUs)"
+
+    def room(self, cpus_per_worker: float, gpus_per_worker: float) -> int:
+        """How many workers fit onto it at once."""
+        return int(min(self.cpus // cpus_per_worker, self.gpus // gpus_per_worker if gpus_per_worker else math.inf))
+
+
+def nodes() -> list[Node]:
+    """The connected cluster's nodes."""
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [
+        Node(node["NodeID"], node["NodeManagerHostname"], each.get("CPU", 0.0), each.get("GPU", 0.0))
+        for node in alive
+        for each in (node["Resources"],)
+    ]
+
+
+def on_every_node(function: Callable[[], Any], seconds: float) -> dict[Node, Any]:
+    """Per node what the function returns there, or the error: its own, Ray's, or TimeoutError after `seconds`.
+
+    Nodes that are at work answer too: the function asks for no CPU.
+    """
+    references = {
+        node: _call.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
+            function
+        )
+        for node in nodes()
+    }
+    done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=seconds)
+    answers: dict[Node, Any] = {}
+    for node, reference in references.items():
+        if reference not in done:
+            ray.cancel(reference, force=True)
+            answers[node] = TimeoutError(f"no answer in {seconds:.0f} s")
+            continue
+        try:
+            answers[node] = ray.get(reference)
+        except Exception as error:  # whatever is wrong with the node
+            answers[node] = error
+    return answers
+
+
+def in_a_worker(function: Callable[[], Any], resources: Resources, seconds: float = 60.0) -> Any:
+    """What the function returns in a process with the resources of one worker. TimeoutError where none begins in time."""
+    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+    reference = _call.options(scheduling_strategy="DEFAULT", max_retries=0, **options).remote(function)
+    done, _ = ray.wait([reference], timeout=seconds)
+    if not done:
+        ray.cancel(reference, force=True)
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return _get(reference)
 
 
 def in_cluster() -> bool:
@@ -314,6 +386,11 @@ class RayBackend:
         slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
         wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
         return max(1, -(-int(wanted) // batch_size)) * batch_size
+
+
+@ray.remote
+def _call(function: Callable[[], Any]) -> Any:
+    return function()
 
 
 @ray.remote

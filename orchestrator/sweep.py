@@ -23,6 +23,7 @@ from orchestrator.experiment import Experiment, Objective, flatten, override, pl
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
 from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
 from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
 from orchestrator.store import StoredBackend, code_version, write_atomically
@@ -251,6 +252,7 @@ class _Sweep:
             best_of(ledger.trials, objective) or 0
         ):
             with connected(verbose) as cluster:
+                ready(self.space.base, self.outputs, cluster)
                 concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
                 self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
                 reason = self._compute(concurrency)

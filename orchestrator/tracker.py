@@ -146,6 +146,27 @@ class Tracker:
         location = None if self.uri.startswith(("http://", "https://")) else artifact_root.absolute().as_uri()
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=location))
 
+    @property
+    def shown(self) -> str:
+        """The URI without its password."""
+        return without_password(self.uri)
+
+    def check(self) -> None:
+        """Writes a run with a metric and an artifact, reads both and deletes the run. InputError where that fails."""
+        try:
+            with _patience():
+                run = self.start("check", "check", {"a": 1})
+                self.metrics(run, {"b": 0.5}, 0)
+                self.artifact(run, "check.txt", "written by orchestrator.check")
+                read = self._client.get_run(run).data
+                files = [file.path for file in self._client.list_artifacts(run)]
+                self._client.delete_run(run)
+        except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
+            reason = (discreet(str(error), self.uri).strip() or type(error).__name__).splitlines()[0][:300]
+            raise InputError(f"MLflow at {self.shown} is reached, but does not take a run: {reason}") from None
+        if (read.params, read.metrics, files) != ({"a": "1"}, {"b": 0.5}, ["check.txt"]):
+            raise InputError(f"MLflow at {self.shown} took a run and gives back something else: {read.metrics}, {files}")
+
     def start(
         self, name: str, kind: str, params: Mapping[str, Any], parent: str | None = None, tags: Mapping[str, str] | None = None
     ) -> str:

@@ -1,0 +1,122 @@
+"""`python -m orchestrator.check`: whether a search space can run here, and what it will take. All problems in one report."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from cavs_model.errors import InputError
+from orchestrator import cli, readiness
+from orchestrator.experiment import Experiment
+from orchestrator.ray_backend import Cluster, Node, connected, nodes
+from orchestrator.readiness import Finding, in_store, problem
+
+PROBLEMS_STATUS = 2
+POLL_SECONDS = 2.0
+
+
+def check() -> int:
+    """The verb; 2 where there is a problem."""
+    made = cli.parser("check", "Report whether a search space can run here, and the plan: size, time, disk and memory.")
+    made.add_argument("--trials", type=int, default=8, help="trials of the search to be planned (%(default)s)")
+    made.add_argument("--nodes", type=int, default=0, metavar="N", help="wait until the cluster has N nodes")
+    made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for so long at most (%(default)s)")
+    made.add_argument("--local", action="store_true", help="of a run with --local: in this process, without Ray")
+    arguments, others = made.parse_known_args()
+    if arguments.trials < 1:
+        raise InputError(f"--trials must be at least 1, not {arguments.trials}")
+    report = Report()
+    if others:  # so that the arguments of a sweep can be given as they are
+        report.tell([Finding("arguments", f"not looked at, they are the sweep's own: {' '.join(others)}")])
+    experiment, knobs, outputs = None, False, None
+    try:
+        space, experiment = cli.experiment_of(arguments)
+        knobs = bool(cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define)))
+        report.tell([Finding("experiment", f"{space.name}: every field and setting fits")])
+    except InputError as error:
+        report.tell([problem("experiment", error)])
+    try:
+        outputs = cli.outputs_folder(arguments.outputs)
+    except InputError as error:
+        report.tell([problem("outputs", error)])
+    with ExitStack() as stack:
+        cluster, there = None, list[Node]()
+        if not arguments.local:
+            try:
+                cluster = stack.enter_context(connected(arguments.verbose))
+                there = _nodes(arguments.nodes, arguments.wait)
+                report.tell(readiness.of_cluster(cluster, there, None if experiment is None else experiment.resources))
+                if len(there) < arguments.nodes:
+                    report.tell([problem("nodes", f"{len(there)} of {arguments.nodes} came in {arguments.wait:.0f} s; look at "
+                                                  "the output of ray start on the others")])  # fmt: skip
+            except InputError as error:
+                report.tell([problem("cluster", error)])
+        if outputs is None:
+            report.tell([Finding("versions", ", ".join(f"{what} {value}" for what, value in readiness.versions().items()))])
+        else:
+            _of_outputs(report, outputs, experiment, cluster, there, arguments.trials if knobs else 1, knobs)
+    return report.conclude()
+
+
+def _of_outputs(
+    report: Report,
+    outputs: Path,
+    experiment: Experiment | None,
+    cluster: Cluster | None,
+    there: list[Node],
+    trials: int,
+    knobs: bool,
+) -> None:
+    """What is known of the folder, the nodes and MLflow, and the plan where nothing stands in its way."""
+    memory = 0
+    try:
+        found, memory = readiness.on_nodes(outputs, experiment, weights=True, where=there)
+        report.tell(found)
+    except InputError as error:
+        report.tell([problem("outputs", error)])
+    report.tell([readiness.of_mlflow(outputs)])
+    if experiment is None or report.problems & {"experiment", "outputs", "data", "weights", "nodes", "resources"}:
+        report.tell([Finding("plan", "none before the problems above are solved")])
+        return
+    damaged: list[str] = []
+    stored = in_store(experiment, outputs / "store", damaged.append)
+    report.tell(Finding("store", text) for text in damaged)
+    work = readiness.work_of(experiment, trials, outputs, stored, knobs)
+    at_once = 1 if cluster is None else min(cluster.concurrent_jobs(experiment.resources), max(1, work.left))
+    report.tell(readiness.plan(experiment, work, outputs, at_once, memory, on_ray=cluster is not None))
+
+
+class Report:
+    """Prints findings as they come and counts the problems."""
+
+    def __init__(self) -> None:
+        self.problems: set[str] = set()  # their topics
+        self._count = 0
+
+    def tell(self, findings: Iterable[Finding]) -> None:
+        """Prints them."""
+        for finding in findings:
+            print(finding, flush=True)
+            if not finding.ok:
+                self.problems.add(finding.topic)
+                self._count += 1
+
+    def conclude(self) -> int:
+        """Prints the sum; the exit status."""
+        print(f"{self._count} problems" if self._count else "no problems", flush=True)
+        return PROBLEMS_STATUS if self._count else 0
+
+
+def _nodes(wanted: int, seconds: float) -> list[Node]:
+    """The cluster's nodes, once there are as many as wanted, or after this time."""
+    end = time.monotonic() + seconds
+    while len(there := nodes()) < wanted and time.monotonic() < end:
+        time.sleep(POLL_SECONDS)
+    return there
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(check))

@@ -1,0 +1,503 @@
+"""Whether an experiment can run here, and what it will take: findings, each of them fine or a problem with what to do.
+
+`check.py` reports all of them; `ready` is the short form that a sweep or a comparison runs before it begins.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import stat
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cavs_model import checkpoint
+from cavs_model.checkpoint import About
+from cavs_model.datasets.base import Benchmark, Clips
+from cavs_model.datasets.cache import BLOCK_CLIPS, feature_type, missing_blocks, record_type
+from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
+from cavs_model.errors import InputError
+from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob
+from cavs_model.networks.av_segmenter import NetworkConfig, build, check_weights
+from cavs_model.networks.vggish import AUDIO_DIM, feature_name
+from cavs_model.train import TaskJob
+from cavs_model.types import AUDIO_VISUAL, Batch, ScoreTable
+from cavs_model.worker import arithmetic, device_for
+from orchestrator.experiment import Experiment, Resources
+from orchestrator.progress import clock, planned_work
+from orchestrator.ray_backend import SCORING_SPEEDUP, Cluster, Node, in_a_worker, nodes, on_every_node
+from orchestrator.store import StoredBackend, code_version
+from orchestrator.stream import Backend, run_stream
+from orchestrator.tracker import Tracker, tracking_uri
+
+PACKAGES = ("ray", "torch", "mlflow", "optuna")
+NODE_SECONDS = 120.0  # for a node to answer: its first process imports torch, from a network disk perhaps
+RESUME_COPIES = 3  # weights and Adam's two averages of each network in training
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report. The text of a problem says what to do about it."""
+
+    topic: str
+    text: str
+    ok: bool = True
+
+    def __str__(self) -> str:
+        return f"{'ok' if self.ok else 'problem':8} {self.topic}: {self.text}"
+
+
+def problem(topic: str, text: object) -> Finding:
+    """A finding that is not fine, its text in one line."""
+    return Finding(topic, "; ".join(line.strip() for line in str(text).splitlines() if line.strip()), ok=False)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one process on one machine sees. `wrote` is the name of the file that it left in the shared folder."""
+
+    host: str
+    versions: Mapping[str, str]
+    memory_bytes: int
+    wrote: str
+    problems: tuple[Finding, ...] = ()
+
+
+def look(folder: str, word: str, experiment: Experiment | None, weights: bool) -> Look:
+    """Looks around: at what the driver put into `folder`, and at the experiment's source files and first weights."""
+    problems, shared, wrote = [], Path(folder), ""
+    advice = "mount the same folder on every node, and give it as an absolute path by CAVS_OUTPUTS"
+    try:
+        if (shared / "driver").read_text() != word:
+            problems.append(problem("outputs", f"{shared} holds something else than the driver put there; {advice}"))
+        name = f"node-{uuid.uuid4().hex}"
+        (shared / name).write_text(word)
+        wrote = name
+        with open(shared / "lock", "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        problems.append(
+            problem("outputs", f"locks in {shared} hold on one machine only, so that machines would compute the same outcome "
+                               "at once; mount it by NFSv4, without nolock and local_lock")
+        )  # fmt: skip
+    except BlockingIOError:
+        pass  # as it should be: the driver holds it
+    except OSError as error:
+        problems.append(problem("outputs", f"{shared}: {error.strerror}; {advice}"))
+    for topic, wanted, verify in (("data", True, _check_data), ("weights", weights, _check_weights)):
+        if experiment is not None and wanted:
+            try:
+                verify(experiment)
+            except InputError as error:
+                problems.append(problem(topic, error))
+    return Look(socket.gethostname(), versions(), _free_memory(), wrote, tuple(problems))
+
+
+def _check_data(experiment: Experiment) -> None:
+    experiment.benchmark.check()
+
+
+def _check_weights(experiment: Experiment) -> None:
+    check_weights(experiment.network)
+
+
+def _free_memory() -> int:
+    """Bytes that this machine, or the container this is, can still give."""
+    with open("/proc/meminfo") as file:
+        free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no such limit
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
+@contextmanager
+def shared_probe(outputs: Path) -> Iterator[tuple[Path, str]]:
+    """A folder that nodes are to find, with a word in it and a lock that is held; gone afterwards."""
+    folder, word = outputs / f".probe-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
+    folder.mkdir()
+    try:
+        (folder / "driver").write_text(word)
+        with open(folder / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                raise InputError(
+                    f"{outputs} cannot be locked ({error.strerror}): keep outputs on NFSv4 or a local disk"
+                ) from error
+            yield folder, word
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def on_nodes(
+    outputs: Path, experiment: Experiment | None, weights: bool, where: Sequence[Node] = ()
+) -> tuple[list[Finding], int]:
+    """What the nodes see, or this process where there are none: versions, the shared folder, data and weights.
+
+    And the bytes of memory that are free on all their machines together.
+    """
+    found: list[Finding] = []
+    with shared_probe(outputs) as (folder, word):
+        call = partial(look, str(folder), word, experiment, weights)
+        answers: Mapping[str, Any] = (
+            {node.name: answer for node, answer in on_every_node(call, NODE_SECONDS).items()} if where else {"here": call()}
+        )
+        looks = {name: answer for name, answer in answers.items() if not isinstance(answer, BaseException)}
+        for name, answer in answers.items():
+            if isinstance(answer, BaseException):
+                reason = str(answer).strip().splitlines()[-1:] or [type(answer).__name__]
+                found.append(
+                    problem("nodes", f"{name} did not answer: {reason[0][:300]}; install this project on every node, in the "
+                                     "same version, or submit a job with --working-dir")
+                )  # fmt: skip
+        unseen = [name for name, seen in looks.items() if seen.wrote and not (folder / seen.wrote).is_file()]
+    mine = versions()
+    for name, seen in looks.items():
+        other = [f"{what} {seen.versions[what]} (here {mine[what]})" for what in mine if seen.versions[what] != mine[what]]
+        if other:
+            found.append(problem("versions", f"{name} has {', '.join(other)}; install the same versions on every node"))
+        found += [replace(each, text=f"{name}: {each.text}") for each in seen.problems]
+    for name in unseen:
+        found.append(problem("outputs", f"{name} writes to a folder of that name that is not this one; mount the same one"))
+    wrong = {each.topic for each in found}
+    everywhere = "here" if not where else "from the one node" if len(where) == 1 else f"from each of {len(where)} nodes"
+    if not wrong & {"versions", "nodes"}:
+        found.insert(0, Finding("versions", ", ".join(f"{what} {value}" for what, value in mine.items())))
+    if not wrong & {"outputs", "nodes"}:
+        found.append(Finding("outputs", f"{outputs} is read, written and locked {everywhere}"))
+    if experiment is not None and not wrong & {"data", "nodes"}:
+        benchmark = experiment.benchmark
+        counts = ", ".join(f"{len(benchmark.samples(split))} {split}" for split in benchmark.splits())
+        found.append(Finding("data", f"{benchmark.name}: {counts} clips, read {everywhere}"))
+    if experiment is not None and weights and not wrong & {"weights", "nodes"}:
+        network = experiment.network
+        found.append(Finding("weights", f"{network.visual_encoder} and {network.audio_encoder}, read {everywhere}"))
+    return found, sum({seen.host: seen.memory_bytes for seen in looks.values()}.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of what must be the same on all nodes; "code" is that of cavs_model."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}, "code": code_version()[:12]}
+
+
+def of_cluster(cluster: Cluster, there: Sequence[Node], resources: Resources | None) -> list[Finding]:
+    """What the cluster has, whether a job's workers fit on its nodes, and whether it asks for a token."""
+    found = [Finding("cluster", f"{cluster.describe()}; nodes: {', '.join(f'{each.name} {each.size}' for each in there)}")]
+    found += [*fitting(cluster, there, resources)] if resources is not None else []
+    mode = authentication(cluster.dashboard)
+    if mode == "token":
+        found.append(Finding("token", "the cluster asks for one"))
+    elif mode:
+        found.append(
+            problem("token", f"the cluster does not ask for a token ({mode}): whoever reaches it runs code on it; restart it "
+                             "with RAY_AUTH_MODE=token in the environment of every ray start")
+        )  # fmt: skip
+    elif os.environ.get("RAY_AUTH_MODE") == "token":
+        found.append(
+            Finding("token", "RAY_AUTH_MODE=token here; the dashboard, which knows the cluster's, is not to be reached")
+        )
+    else:
+        found.append(problem("token", "it cannot be told whether the cluster asks for one; export RAY_AUTH_MODE=token"))
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    with suppress(OSError):  # there need not be a file
+        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+            found.append(problem("token", f"{file} can be read by others on this machine; chmod 600 {file}"))
+    return found
+
+
+def fitting(cluster: Cluster, there: Sequence[Node], resources: Resources) -> Iterator[Finding]:
+    """Problems where the workers of one job do not fit: into the cluster, or each of them onto a node."""
+    try:
+        cluster.concurrent_jobs(resources)
+    except InputError as error:
+        yield problem("resources", error)
+        return
+    room = sum(node.room(resources.cpus_per_worker, resources.gpus_per_worker) for node in there)
+    if room < resources.workers:
+        yield problem("resources", f"{resources.workers} workers of {resources.cpus_per_worker} CPUs and "
+                                   f"{resources.gpus_per_worker:g} GPUs, each on one node, do not fit: the nodes have room for "
+                                   f"{room}; lower resources.cpus_per_worker, gpus_per_worker or workers")  # fmt: skip
+
+
+def authentication(dashboard: str) -> str:
+    """The mode that a cluster's dashboard tells to anyone who asks, "token" or "disabled"; "" where it does not answer."""
+    if not dashboard:
+        return ""
+    try:
+        with urllib.request.urlopen(f"http://{dashboard}/api/authentication_mode", timeout=5) as answer:
+            return str(json.loads(answer.read(10_000))["authentication_mode"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def of_mlflow(outputs: Path) -> Finding:
+    """Whether MLflow takes a run, its metric and its artifact, from here: the driver is the only process that writes to it."""
+    try:
+        tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
+        tracker.check()
+    except InputError as error:
+        return problem("mlflow", error)
+    return Finding("mlflow", f"{tracker.shown}: a run was written and read; only the driver writes, so nodes need no access")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an experiment takes over its trials and seeds. A network in the store is not trained again."""
+
+    trials: int
+    seeds: int
+    tasks: int
+    networks: int  # to be trained in all, if the store were empty
+    stored: int  # of these, as far as can be told before
+    clip_passes: float  # of training that is left, in passes of the base task
+    watching: float  # passes of scoring and evaluation, the same way
+    data_bytes: int  # decoded clips that are missing
+    network_bytes: int  # of one
+
+    @property
+    def left(self) -> int:
+        """Networks to be trained."""
+        return self.networks - self.stored
+
+    def disk_bytes(self, at_once: int) -> int:
+        """What the outputs folder is going to take, checkpoints of `at_once` networks in training included."""
+        return self.data_bytes + self.network_bytes * (self.left + RESUME_COPIES * at_once)
+
+    def describe(self) -> str:
+        """In a line."""
+        times = f"{self.trials} trials x {self.seeds} seeds x {self.tasks} tasks"
+        return (
+            f"{times}: {self.networks} networks, the base tasks' shared by the trials; {self.stored} of them are in the store"
+        )
+
+
+def work_of(experiment: Experiment, trials: int, outputs: Path, stored: Sequence[Sequence[About]], searched: bool) -> Work:
+    """The work of a search over `trials` trials. `stored` has per seed the networks found by `in_store`."""
+    method, tasks, seeds = experiment.method, experiment.scenario.tasks(experiment.benchmark), len(experiment.seeds)
+    networks = [1 if task is tasks[-1] else len(method.networks) for task in tasks]
+    base, *later = planned_work(experiment)
+    # Trials that differ in a knob share the base task for certain, and later tasks perhaps.
+    known = [found[: networks[0]] if searched else found for found in stored]
+    done = 0.0
+    for found in known:
+        ends = np.cumsum(networks)
+        done += sum(each for each, end in zip((base, *later), ends, strict=True) if len(found) >= end)
+    val = len(experiment.benchmark.samples("val"))
+    watched = sum(val + (len(task.train) * (1 + len(method.networks)) if method.remembers else 0) for task in tasks)
+    return Work(
+        trials,
+        seeds,
+        len(tasks),
+        seeds * (networks[0] + trials * sum(networks[1:])),
+        sum(map(len, known)),
+        max(0.0, seeds * (base + trials * sum(later)) - done),
+        seeds * trials * watched / SCORING_SPEEDUP,
+        missing_bytes(experiment, outputs / "data"),
+        network_bytes(experiment.network, tasks[-1].num_classes),
+    )
+
+
+def missing_bytes(experiment: Experiment, root: Path) -> int:
+    """Bytes of the decoded clips that are not there yet."""
+    benchmark, sound = experiment.benchmark, experiment.network.frozen_sound
+    if not benchmark.cached:
+        return 0
+    clip = record_type(benchmark).itemsize
+    total = sum(len(missing_blocks(benchmark, split, root)) for split in benchmark.splits()) * BLOCK_CLIPS * clip
+    if sound is not None:
+        name, vector = feature_name(sound), feature_type(benchmark).itemsize
+        total += sum(len(missing_blocks(benchmark, split, root, name)) for split in benchmark.splits()) * BLOCK_CLIPS * vector
+    return total
+
+
+def network_bytes(config: NetworkConfig, num_classes: int) -> int:
+    """Bytes of one network's weights."""
+    with torch.device("meta"):
+        model = build(replace(config, visual_weights="none", audio_weights="none"), num_classes, AUDIO_VISUAL)
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+class _NotThereError(Exception):
+    """An outcome is not in the store, or another process is just computing it."""
+
+
+@dataclass
+class _Walk:
+    """A stream's backend that computes nothing: it finds what the store has, and ends the stream where that ends."""
+
+    store: StoredBackend
+    trained: list[About] = field(default_factory=list)
+
+    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
+        return ""
+
+    def train(self, jobs: Sequence[TaskJob]) -> list[str]:
+        paths = self.store.train(jobs)
+        self.trained += [self.about(path) for path in paths]
+        return paths
+
+    def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
+        return self.store.score(job, checkpoints)
+
+    def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
+        return self.store.consolidate(job, checkpoint, previous)
+
+    def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
+        return np.zeros((job.num_classes, job.num_classes), np.int64)  # nobody looks, and nothing follows from it
+
+    def about(self, checkpoint_path: str) -> About:
+        return checkpoint.read_about(Path(checkpoint_path))
+
+
+class _Nothing:
+    """A backend that has nothing and computes nothing."""
+
+    def __getattr__(self, verb: str) -> Callable[..., Any]:
+        def refuse(*_: Any) -> Any:
+            raise _NotThereError(verb)
+
+        return refuse
+
+
+def in_store(experiment: Experiment, root: Path, told: Callable[[str], None]) -> list[list[About]]:
+    """Per seed the networks of the experiment's stream that the store has, in order, up to the first that is missing."""
+
+    def busy(label: str) -> None:
+        raise _NotThereError(label)
+
+    backend: Backend = _Nothing()  # every verb, by __getattr__
+    found = []
+    for seed in experiment.seeds:
+        walk = _Walk(StoredBackend(backend, root, on_wait=busy, on_damage=told))
+        with suppress(_NotThereError):
+            for _ in run_stream(replace(experiment, per_frame=False), seed, walk, splits=()):
+                pass
+        found.append(walk.trained)
+    return found
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a training step was measured to take on one worker."""
+
+    seconds_per_clip: float
+    memory_bytes: int  # of the process, at its peak
+    gpu_bytes: int = 0
+    gpu_free_bytes: int = 0
+
+
+def measure(experiment: Experiment) -> Speed:
+    """Trains the experiment's network for a step or three on black clips. InputError for a network that cannot be built."""
+    resources, size, frames = experiment.resources, experiment.benchmark.image_size_px, experiment.benchmark.frames
+    torch.set_num_threads(resources.cpus_per_worker)
+    device = device_for(resources.gpus_per_worker)
+    numbers = arithmetic(experiment.precision, device)
+    count = max(1, -(-experiment.schedule.batch_size // resources.workers))
+    clips = Clips.blank(count, frames, size)
+    heard = None if experiment.network.frozen_sound is None else torch.zeros(count, frames, AUDIO_DIM)
+    batch = Batch(
+        ("",) * count, torch.from_numpy(clips.image), torch.zeros(count, frames, NUM_FRAMES, NUM_BINS),
+        torch.zeros(count, frames, size, size, dtype=torch.uint8), torch.ones(count, frames, dtype=torch.bool),
+        torch.ones(count, frames, dtype=torch.bool), torch.zeros(count, dtype=torch.bool), heard,
+    ).to(device)  # fmt: skip
+    classes = experiment.scenario.tasks(experiment.benchmark)[0].num_classes
+    with torch.random.fork_rng(devices=[]):
+        model = numbers.place(build(experiment.network, classes, AUDIO_VISUAL)).train()
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.0)
+    taken: list[float] = []
+    while len(taken) < 3 and sum(taken) < 10:  # the first is slower: memory is got, kernels are chosen
+        started = time.perf_counter()
+        with numbers.autocast():
+            logits = model(batch).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.label.flatten(0, 1).long())
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        optimiser.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - started)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type != "cuda":
+        return Speed(min(taken) / count, peak)
+    used, free = torch.cuda.max_memory_reserved(), torch.cuda.mem_get_info()[0]
+    return Speed(min(taken) / count, peak, used, free + used)
+
+
+def plan(experiment: Experiment, work: Work, outputs: Path, at_once: int, free_memory: int, on_ray: bool) -> list[Finding]:
+    """The plan: what is to be computed, how much of it at once, how long it takes, and whether disk and memory are enough.
+
+    `at_once` networks are trained at once; `free_memory` bytes are free on all nodes together.
+    """
+    workers = experiment.resources.workers if on_ray else 1
+    found = [Finding("plan", work.describe()), Finding("plan", f"{at_once} networks at a time, {workers} workers each")]
+    needed, free = work.disk_bytes(at_once), shutil.disk_usage(outputs).free
+    text = f"{gigabytes(needed)} needed (clips {gigabytes(work.data_bytes)}, a network {gigabytes(work.network_bytes)}), "
+    text += f"{gigabytes(free)} free in {outputs}"
+    if needed <= free:
+        found.append(Finding("disk", text))
+    else:
+        advice = "make room, choose another folder by CAVS_OUTPUTS, or delete old outcomes: python -m orchestrator.store prune"
+        found.append(problem("disk", f"{text}; {advice}"))
+    try:
+        call = partial(measure, experiment)
+        speed: Speed = in_a_worker(call, experiment.resources) if on_ray else call()
+    except TimeoutError:
+        found.append(Finding("time", "no estimate: all workers are busy"))
+        return found
+    except (InputError, RuntimeError) as error:  # CUDA out of memory is one
+        found.append(problem("network", f"a training step failed: {str(error)[:500]}"))
+        return found
+    seconds = (work.clip_passes + work.watching) * speed.seconds_per_clip / (at_once * workers)
+    each = f"{speed.seconds_per_clip * 1000:.1f} ms a clip, measured now"
+    found.append(Finding("time", f"about {clock(seconds)} ({each}; without rehearsed clips, decoding and start-up)"))
+    total = speed.memory_bytes * at_once * workers
+    text = f"{gigabytes(total)} for {at_once * workers} workers, {gigabytes(free_memory)} free"
+    enough = total <= free_memory
+    found.append(Finding("memory", text) if enough else problem("memory", f"{text}; lower schedule.batch_size or add nodes"))
+    if speed.gpu_bytes > speed.gpu_free_bytes * min(1.0, experiment.resources.gpus_per_worker or 1.0):
+        text = f"{gigabytes(speed.gpu_bytes)} a worker of {gigabytes(speed.gpu_free_bytes)} free"
+        found.append(problem("gpu memory", f"{text}; raise resources.gpus_per_worker or lower schedule.batch_size"))
+    return found
+
+
+def gigabytes(count: float) -> str:
+    """Bytes for people."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def ready(experiment: Experiment, outputs: Path, cluster: Cluster) -> None:
+    """The short form: InputError with all problems that would stop a search after it began.
+
+    On one machine a matter of milliseconds; where there are more nodes each of them is asked.
+    """
+    there = nodes()
+    found = list(fitting(cluster, there, experiment.resources))
+    if len(there) > 1:
+        found += on_nodes(outputs, experiment, weights=False, where=there)[0]
+    size = network_bytes(experiment.network, 1)
+    needed = missing_bytes(experiment, outputs / "data") + size * len(experiment.method.networks) * (1 + RESUME_COPIES)
+    free = shutil.disk_usage(outputs).free
+    if needed > free:
+        found.append(
+            problem("disk", f"{gigabytes(needed)} are needed to begin with, {gigabytes(free)} are free in {outputs}; make "
+                            "room, or choose another folder by CAVS_OUTPUTS")
+        )  # fmt: skip
+    problems = [f"{each.topic}: {each.text}" for each in found if not each.ok]
+    if problems:
+        raise InputError("\n".join([*problems, "python -m orchestrator.check reports more"]))

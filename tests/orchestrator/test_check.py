@@ -1,0 +1,285 @@
+"""orchestrator.check: what it finds, that it tells everything at once, and the short form before a sweep."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import shutil
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from cavs_model.datasets.collage import Collage
+from cavs_model.errors import InputError
+from orchestrator import check as check_module
+from orchestrator import readiness
+from orchestrator.experiment import Resources, override
+from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import planned_work
+from orchestrator.ray_backend import Cluster, Node, connected, in_a_worker, nodes
+from orchestrator.readiness import Finding, Speed, Work, in_store, look, measure, on_nodes, work_of
+from orchestrator.store import StoredBackend
+from orchestrator.stream import run_stream
+from search_spaces.tones import BASE
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning"),
+    # Ray's own threads and sockets are still being closed when pytest looks.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+SHORT = override(BASE, {"schedule.base_epochs": 1, "schedule.epochs": 1})
+ONE, TWO = Node("1" * 40, "first", 4, 1), Node("2" * 40, "second", 4, 1)
+CLUSTER = Cluster("10.0.0.1:6379", 8, 2, "", False)
+
+
+def problems(findings: list[Finding]) -> list[str]:
+    return [f"{each.topic}: {each.text}" for each in findings if not each.ok]
+
+
+# The cluster.
+
+
+@pytest.mark.parametrize(
+    ("resources", "told"),
+    [
+        (Resources(workers=4, cpus_per_worker=2), ""),
+        (Resources(workers=2, cpus_per_worker=1, gpus_per_worker=1), ""),
+        (Resources(workers=9), "the cluster has 8"),
+        (Resources(workers=1, cpus_per_worker=6), "the nodes have room for 0"),
+        (Resources(workers=2, cpus_per_worker=3, gpus_per_worker=0.5), ""),
+        (Resources(workers=1, gpus_per_worker=2), "the nodes have room for 0"),
+    ],
+)
+def test_workers_must_fit_into_the_cluster_and_each_onto_a_node(resources: Resources, told: str) -> None:
+    found = list(readiness.fitting(CLUSTER, [ONE, TWO], resources))
+    assert (told in found[0].text) if told else not found
+
+
+@pytest.fixture
+def dashboard() -> Iterator[tuple[str, dict[str, object]]]:
+    """The address of a server that answers as a dashboard would, and what it answers."""
+    answer: dict[str, object] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/api/authentication_mode" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"127.0.0.1:{server.server_port}", answer
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_cluster_without_a_token_is_a_problem(
+    dashboard: tuple[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, answer = dashboard
+    token = tmp_path / "token"
+    token.write_text("x")
+    token.chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    cluster = dataclasses.replace(CLUSTER, dashboard=address)
+    for mode, told in (("token", []), ("disabled", ["does not ask for a token (disabled)"])):
+        answer["authentication_mode"] = mode
+        found = problems(readiness.of_cluster(cluster, [ONE], None))
+        assert [text in line for text, line in zip(told, found, strict=True)] == [True] * len(told)
+    token.chmod(0o644)
+    assert f"chmod 600 {token}" in problems(readiness.of_cluster(cluster, [ONE], None))[-1]
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    answer.clear()
+    assert "cannot be told" in problems(readiness.of_cluster(cluster, [ONE], None))[0]
+
+
+# The nodes.
+
+
+def test_a_node_sees_the_folder_or_tells_why_not(tmp_path: Path) -> None:
+    with readiness.shared_probe(tmp_path) as (folder, word):
+        seen = look(str(folder), word, SHORT, weights=True)
+        assert not seen.problems
+        assert (folder / seen.wrote).read_text() == word
+        assert seen.memory_bytes > 1e8
+        [other] = look(str(folder), "another word", None, weights=False).problems
+        assert "holds something else" in other.text
+        broken = override(SHORT, {"network.visual_encoder": "resnet50", "network.visual_weights": "/no/such/file"})
+        [other] = look(str(folder), word, broken, weights=True).problems
+        assert (other.topic, "/no/such/file" in other.text) == ("weights", True)
+    assert not list(tmp_path.iterdir())
+    [absent] = look(str(folder), word, None, weights=False).problems
+    assert "No such file or directory; mount the same folder on every node" in absent.text
+    folder.mkdir()
+    (folder / "driver").write_text(word)
+    [unlocked] = look(str(folder), word, None, weights=False).problems  # nobody is kept out by the driver's lock
+    assert "locks" in unlocked.text
+
+
+def test_every_nodes_problems_stand_in_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(call: partial[readiness.Look], seconds: float) -> dict[Node, object]:
+        fine = call()
+        stale = {**fine.versions, "torch": "1.0", "code": "0"}
+        elsewhere = dataclasses.replace(fine, wrote="node-written-elsewhere", versions=stale)
+        return {ONE: fine, TWO: elsewhere, Node("3" * 40, "third", 1, 0): ModuleNotFoundError("No module named 'orchestrator'")}
+
+    monkeypatch.setattr(readiness, "on_every_node", answers)
+    found, memory = on_nodes(tmp_path, SHORT, weights=True, where=[ONE, TWO])
+    told = problems(found)
+    assert len(told) == 3
+    assert "third/333333 did not answer: No module named 'orchestrator'" in told[0]
+    assert "second/222222 has torch 1.0 (here" in told[1]
+    assert "code 0" in told[1]
+    assert "second/222222 writes to a folder of that name that is not this one" in told[2]
+    assert not [each for each in found if each.ok and each.topic in ("versions", "outputs")]
+    assert memory > 1e8
+    monkeypatch.setattr(readiness, "nodes", lambda: [ONE, TWO])
+    with pytest.raises(InputError, match=r"(?s)third.*torch 1\.0.*not this one.*orchestrator.check reports more"):
+        readiness.ready(SHORT, tmp_path, CLUSTER)
+
+
+# The plan.
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in whose store the stream of SHORT's first seed lies."""
+    folder = tmp_path_factory.mktemp("outputs")
+    for _ in run_stream(SHORT, 0, StoredBackend(LocalBackend(folder / "data"), folder / "store")):
+        pass
+    return folder
+
+
+def test_the_plan_counts_what_the_store_has(outputs: Path) -> None:
+    both = override(SHORT, {"seeds": "0,1"})
+    stored = in_store(both, outputs / "store", pytest.fail)
+    assert [len(found) for found in stored] == [3, 0]  # two networks of the base task, one of the last
+    base, later = planned_work(both)
+    alone = work_of(both, 1, outputs, stored, searched=False)
+    assert (alone.networks, alone.stored, alone.clip_passes) == (6, 3, base + later)
+    searched = work_of(both, 5, outputs, stored, searched=True)
+    assert (searched.networks, searched.stored, searched.left) == (2 * (2 + 5), 2, 12)
+    assert searched.clip_passes == base + 2 * 5 * later
+    changed = override(both, {"method.samples_per_class": 1, "method.resampling_ratio": 1.0})
+    assert [len(found) for found in in_store(changed, outputs / "store", pytest.fail)] == [2, 0]
+    file = next(path for path in (outputs / "store" / "networks").glob("*/*.safetensors"))
+    assert 1 <= file.stat().st_size / searched.network_bytes < 1.2
+
+
+def test_an_outcome_that_another_process_computes_is_not_waited_for(outputs: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(outputs / "store", store)
+    for kind in ("networks", "counts", "scores"):
+        shutil.rmtree(store / kind)
+    held = [open(path) for path in (store / "locks").iterdir()]  # noqa: SIM115
+    for file in held:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        assert in_store(SHORT, store, pytest.fail) == [[]]
+    finally:
+        for file in held:
+            file.close()
+
+
+def test_a_damaged_entry_is_told_and_planned_again(outputs: Path, tmp_path: Path) -> None:
+    shutil.copytree(outputs / "store", tmp_path / "store")
+    for file in (tmp_path / "store" / "networks").glob("*/*.safetensors"):
+        file.write_bytes(b"x" + file.read_bytes()[1:])
+    told: list[str] = []
+    assert in_store(SHORT, tmp_path / "store", told.append) == [[]]
+    assert "damaged" in told[0]
+
+
+def test_clips_that_are_missing_are_counted(tmp_path: Path) -> None:
+    collage = override(SHORT, {"benchmark": "collage", "benchmark.train_clips": 100, "benchmark.frames": 1})
+    assert isinstance(collage.benchmark, Collage)
+    size = collage.benchmark.image_size_px
+    clips = sum(-(-len(collage.benchmark.samples(split)) // 64) * 64 for split in collage.benchmark.splits())
+    assert readiness.missing_bytes(collage, tmp_path) == clips * (4 * size * size + 2 * 96 * 64 + 2)
+
+
+def test_too_little_disk_and_memory_are_problems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work(2, 1, 2, 4, 0, 1000.0, 200.0, 5_000, 1_000)
+    monkeypatch.setattr(readiness, "measure", lambda experiment: Speed(0.5, 2_000_000_000, 9, 8))
+    enough = work.disk_bytes(at_once=2)
+    assert enough == 5_000 + 1_000 * (4 + 3 * 2)
+    for free, memory, told in ((enough, 2e9, []), (enough - 1, 2e9 - 1, ["disk", "memory"])):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        found = readiness.plan(SHORT, work, tmp_path, 1 if free == enough else 2, int(memory), on_ray=False)
+        assert [each.topic for each in found if not each.ok and each.topic != "gpu memory"] == told
+        assert "gpu memory" in {each.topic for each in found if not each.ok}
+    [time] = [each.text for each in readiness.plan(SHORT, work, tmp_path, 1, 10**10, on_ray=False) if each.topic == "time"]
+    assert "about 00:10:00 (500.0 ms a clip" in time
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
+    monkeypatch.setattr(readiness, "nodes", lambda: [ONE])
+    with pytest.raises(InputError, match=r"disk: .* are needed to begin with"):
+        readiness.ready(SHORT, tmp_path, CLUSTER)
+
+
+# The verb.
+
+
+def verb(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["check", *map(str, arguments)])
+    return check_module.check()
+
+
+def test_all_problems_stand_in_one_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://somebody:secret@127.0.0.1:9")
+    wrong = ("network.visual_encoder=resnet50", "network.visual_weights=/no/such/file")
+    arguments = [part for each in wrong for part in ("--set", each)]
+    assert verb(monkeypatch, "tones", "--local", "--outputs", tmp_path, *arguments, "--name", "weekend") == 2
+    told = capsys.readouterr().out
+    lines = told.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("problem")] == ["weights:", "mlflow:"]
+    assert "/no/such/file" in told
+    assert "MLflow cannot be reached at http://127.0.0.1:9" in told
+    assert "secret" not in told
+    assert any("not looked at, they are the sweep's own: --name weekend" in line for line in lines)
+    assert lines[-1] == "2 problems"
+    assert verb(monkeypatch, "tones", "--local", "--outputs", tmp_path, "--set", "method.no_such=1") == 2
+    assert "experiment: unknown field 'method.no_such'" in capsys.readouterr().out
+
+
+def test_a_space_that_can_run_here(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    short = [part for each in ("base_epochs=1", "epochs=1") for part in ("--set", f"schedule.{each}")]
+    assert verb(monkeypatch, "tones", "--local", "--outputs", outputs, "--trials", 3, *short) == 0
+    told = capsys.readouterr().out
+    assert "3 trials x 1 seeds x 2 tasks: 5 networks, the base tasks' shared by the trials; 2 of them are in the store" in told
+    assert "sqlite:///" in told
+    assert told.splitlines()[-1] == "no problems"
+    assert {line.split()[1] for line in told.splitlines()[:-1]} == {
+        "experiment:", "versions:", "outputs:", "data:", "weights:", "mlflow:", "plan:", "disk:", "time:", "memory:"
+    }  # fmt: skip
+
+
+def test_on_a_cluster(tmp_path: Path) -> None:
+    with connected() as cluster:
+        there = nodes()
+        assert not problems(readiness.of_cluster(cluster, there, Resources()))
+        found, _ = on_nodes(tmp_path, SHORT, weights=True, where=there)
+        assert problems(found) == []
+        assert any(each.text.endswith("from the one node") for each in found)
+        speed = in_a_worker(partial(measure, SHORT), Resources())
+        assert 0 < speed.seconds_per_clip < 60
+        assert speed.memory_bytes > 1e8
+        with pytest.raises(TimeoutError):
+            in_a_worker(partial(measure, SHORT), Resources(cpus_per_worker=10_000), seconds=0.5)
+        readiness.ready(SHORT, tmp_path, cluster)
+        assert not list(tmp_path.iterdir())
