@@ -9,16 +9,19 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+from mlflow.tracking import MlflowClient
 
 from cavs_model.datasets.collage import Collage
 from cavs_model.errors import InputError
 from orchestrator import check as check_module
 from orchestrator import readiness
+from orchestrator import sweep as sweep_module
 from orchestrator.experiment import Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import planned_work
@@ -266,6 +269,18 @@ def test_a_space_that_can_run_here(outputs: Path, monkeypatch: pytest.MonkeyPatc
     assert {line.split()[1] for line in told.splitlines()[:-1]} == {
         "experiment:", "versions:", "outputs:", "data:", "weights:", "mlflow:", "plan:", "disk:", "time:", "memory:"
     }  # fmt: skip
+
+
+def test_a_sweep_that_could_not_run_stops_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(sweep_module, "connected", lambda verbose: nullcontext(CLUSTER))
+    monkeypatch.setattr(readiness, "nodes", lambda: [ONE])
+    arguments = ("tones", "--name", "x", "--outputs", str(tmp_path), "--set", "resources.cpus_per_worker=6")
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    with pytest.raises(InputError, match=r"resources: 1 workers of 6 CPUs .* have room for 0"):
+        sweep_module.sweep()
+    client = MlflowClient(tracking_uri=f"sqlite:///{tmp_path}/mlflow.db")
+    assert client.search_runs([each.experiment_id for each in client.search_experiments()]) == []
 
 
 def test_on_a_cluster(tmp_path: Path) -> None:
