@@ -10,14 +10,13 @@ import fcntl
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
@@ -28,6 +27,7 @@ from torch import Tensor
 from cavs_model.errors import InputError
 from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
 from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
+from orchestrator.redaction import redacted
 from orchestrator.stream import TaskOutcome
 
 EXPERIMENT = "cavs"
@@ -125,16 +125,16 @@ class Tracker:
         try:
             with _patience(), _alone(uri):
                 _try(uri)
-                self._client: Any = _Discreet(MlflowClient(tracking_uri=uri), uri)
+                self._client: Any = _Discreet(MlflowClient(tracking_uri=uri))
                 self.experiment_id = self._experiment(artifact_root)
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
-            reason = (discreet(str(error), uri).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = (redacted(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
             if isinstance(error, ModuleNotFoundError):  # of the database's driver
                 reason += " (pip install -e '.[postgres]' has PostgreSQL's)"
             raise InputError(
                 f"MLflow cannot be reached at {without_password(uri)}: {reason}; set MLFLOW_TRACKING_URI to a running "
                 "server (http://host:port) or a database (sqlite:///absolute/path.db), or unset it for the default"
-            ) from (error if discreet(str(error), uri) == str(error) else None)
+            ) from (error if redacted(str(error)) == str(error) else None)
 
     def _experiment(self, artifact_root: Path) -> str:
         found = self._client.get_experiment_by_name(EXPERIMENT)
@@ -162,7 +162,7 @@ class Tracker:
                 files = [file.path for file in self._client.list_artifacts(run)]
                 self._client.delete_run(run)
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
-            reason = (discreet(str(error), self.uri).strip() or type(error).__name__).splitlines()[0][:300]
+            reason = (redacted(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
             raise InputError(f"MLflow at {self.shown} is reached, but does not take a run: {reason}") from None
         if (read.params, read.metrics, files) != ({"a": "1"}, {"b": 0.5}, ["check.txt"]):
             raise InputError(f"MLflow at {self.shown} took a run and gives back something else: {read.metrics}, {files}")
@@ -270,48 +270,15 @@ def tracking_uri(outputs: Path) -> str:
 
 
 def without_password(uri: str) -> str:
-    """The URI without user and password, for messages. What looks like one but is none loses all before its last "@"."""
-    parts = urlsplit(uri)
-    if not parts.netloc and parts.scheme != "sqlite":
-        uri = uri.rpartition("@")[2]
-    for value in _secret_values(uri):
-        uri = uri.replace(f"={value}", "=***")
-    return uri.replace(_credentials(uri), "", 1)
-
-
-def discreet(text: str, uri: str) -> str:
-    """A text, such as an error of MLflow's, without the user and the passwords that a URI holds."""
-    credentials = _credentials(uri)
-    password = credentials.removesuffix("@").partition(":")[2]
-    text = text.replace(uri, without_password(uri))
-    if credentials:
-        text = text.replace(credentials, "")
-    for secret in (password, unquote(password), *_secret_values(uri)):
-        text = text.replace(secret, "***") if len(secret) > 3 else text  # a shorter one is part of other words
-    return text
-
-
-def _credentials(uri: str) -> str:
-    """ "user:password@" of a URI, or nothing."""
-    user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    return user + at
-
-
-def _secret_values(uri: str) -> list[str]:
-    """Passwords among the options after a URI's "?", as they stand there and decoded."""
-    found = []
-    for option in urlsplit(uri).query.split("&"):
-        name, _, value = option.partition("=")
-        if value and re.search("pass|pwd|secret|token|key", name, re.IGNORECASE):
-            found += [value, unquote(value)]
-    return found
+    """The URI without user and password, for messages."""
+    return redacted(f"any:{uri}").removeprefix("any:") if uri.startswith("//") else redacted(uri)
 
 
 class _Discreet:
     """MLflow's client, whose errors do not show the password of its URI: a sweep prints them, and tracebacks are logged."""
 
-    def __init__(self, client: MlflowClient, uri: str) -> None:
-        self._client, self._uri = client, uri
+    def __init__(self, client: MlflowClient) -> None:
+        self._client = client
 
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._client, name)
@@ -320,7 +287,7 @@ class _Discreet:
             try:
                 return method(*arguments, **options)
             except Exception as error:
-                text = discreet(str(error), self._uri)
+                text = redacted(str(error))
                 if text == str(error):
                     raise
                 raise MlflowException(text) from None
