@@ -92,8 +92,9 @@ def test_the_rayjob_asks_for_a_token_runs_a_sweep_and_shares_a_folder(job):
     assert gpu["minReplicas"] >= 1  # what fits at a time is counted at the start
 
 
+# One write a call: steps run side by side.
 STUB = """#!/bin/bash
-printf '%s' "$(basename "$0")" >> "$CALLS"; printf ' %s' "$@" >> "$CALLS"; echo >> "$CALLS"
+echo "$(basename "$0") $*" >> "$CALLS"
 """
 STUBS = {
     "scontrol": "printf 'node1\\nnode2\\n'\n",
@@ -132,7 +133,7 @@ def test_slurm_starts_a_head_and_workers_with_a_token_and_then_the_sweep(tmp_pat
     told, calls = slurm(tmp_path, sweep_status=3)
     assert told.returncode == 3, told.stderr  # the sweep's own
     port = 20000 + 4242 % 3000 * 3
-    head, worker = (call for call in calls if "start --block" in call)
+    head, worker = sorted((call for call in calls if "start --block" in call), key=lambda call: "--head" not in call)
     assert "--nodelist=node1" in head
     assert f"--head --node-ip-address=10.0.0.1 --port={port} --dashboard-host=127.0.0.1" in head
     assert "--nodelist=node2" in worker
