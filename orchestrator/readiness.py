@@ -216,9 +216,16 @@ def of_cluster(cluster: Cluster, there: Sequence[Node], resources: Resources | N
         found.append(problem("token", "it cannot be told whether the cluster asks for one; export RAY_AUTH_MODE=token"))
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     with suppress(OSError):  # there need not be a file
-        if stat.S_IMODE(file.stat().st_mode) & 0o077:
+        if open_to_others(file):  # Ray makes it so, but most home directories are closed
             found.append(problem("token", f"{file} can be read by others on this machine; chmod 600 {file}"))
     return found
+
+
+def open_to_others(file: Path) -> bool:
+    """Whether other users of this machine can read a file, by its own mode and those of the folders it lies in."""
+    resolved = file.resolve(strict=True)
+    reached = all(folder.stat().st_mode & stat.S_IXOTH for folder in resolved.parents)
+    return reached and bool(resolved.stat().st_mode & stat.S_IROTH)
 
 
 def fitting(cluster: Cluster, there: Sequence[Node], resources: Resources) -> Iterator[Finding]:

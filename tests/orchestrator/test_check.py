@@ -7,6 +7,7 @@ import fcntl
 import json
 import shutil
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -102,10 +103,21 @@ def test_a_cluster_without_a_token_is_a_problem(
         found = problems(readiness.of_cluster(cluster, [ONE], None))
         assert [text in line for text, line in zip(told, found, strict=True)] == [True] * len(told)
     token.chmod(0o644)
+    monkeypatch.setattr(readiness, "open_to_others", lambda file: file == token)
     assert f"chmod 600 {token}" in problems(readiness.of_cluster(cluster, [ONE], None))[-1]
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     answer.clear()
     assert "cannot be told" in problems(readiness.of_cluster(cluster, [ONE], None))[0]
+
+
+def test_a_file_is_open_where_its_folders_are() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        file = Path(name) / "token"
+        file.write_text("x")
+        for folder_mode, mode, told in ((0o755, 0o644, True), (0o700, 0o644, False), (0o755, 0o600, False)):
+            Path(name).chmod(folder_mode)
+            file.chmod(mode)
+            assert readiness.open_to_others(file) is told
 
 
 # The nodes.
