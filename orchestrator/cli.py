@@ -178,7 +178,7 @@ def add_store(made: argparse.ArgumentParser, default: str | None = None) -> None
 
 
 def store_of(chosen: str | None, outputs: Path) -> Entries:
-    """The store that was chosen; one behind a URI has its working copy in the outputs. `make` tells whether it can be used."""
+    """The store that was chosen; one behind a URI has its working copy in the outputs. Not made, nor looked at."""
     place = chosen or os.environ.get("CAVS_STORE", "")
     if "://" in place:
         return SharedEntries(outputs / "store", place)

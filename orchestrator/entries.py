@@ -323,9 +323,10 @@ def users_of(marks: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
     """User -> (kind, key) from the names of marks, "uses/sweep/cmr/networks.KEY"."""
     found: dict[str, set[tuple[str, str]]] = {}
     for mark in marks:
-        _, user, name, used = mark.split("/")
+        _, user, name, used = mark.split("/", 3)
         kind, _, key = used.partition(".")
-        found.setdefault(f"{user}/{unquote(name)}", set()).add((kind, key))
+        if kind in KINDS:  # and not what a killed process left
+            found.setdefault(f"{user}/{unquote(name)}", set()).add((kind, key))
     return found
 
 

@@ -3,6 +3,8 @@
 A lease is a file that says who holds it and how often it was renewed. Its holder renews it every BEAT_SECONDS. Who waits takes
 it over when its content has not changed for LEASE_SECONDS by the waiter's own monotonic clock: no two clocks are ever compared,
 and setting one changes nothing. To take a lease is to write it, wait SETTLE_SECONDS and read it again: who is in there has it.
+Processes that share a working copy ask for a lease one after another, by a lock of the kernel's, so one that was left there by
+the same working copy is a dead process's and is taken over at once.
 
 What that guarantees. A holder that lives and reaches the store keeps its lease, and a dead one's is free LEASE_SECONDS after
 somebody began to wait. Two hold the same lease only if a write took longer than SETTLE_SECONDS to arrive, or if a holder was
@@ -28,10 +30,13 @@ POLL_SECONDS = 2.0
 
 
 class Lease:
-    """A lease on a key, held from `acquire` or `try_now` to `release`, which is to follow whatever happens."""
+    """A lease on a key, held from `acquire` or `try_now` to `release`, which is to follow whatever happens.
 
-    def __init__(self, remote: Remote, key: str) -> None:
-        self._remote, self._name = remote, name_of(key)
+    `group` is shared by processes of which a kernel's lock lets one at a time ask for this key; a word, "" for none.
+    """
+
+    def __init__(self, remote: Remote, key: str, group: str = "") -> None:
+        self._remote, self._name, self._group = remote, name_of(key), group
         self._owner = uuid.uuid4().hex
         self._beats = 0
         self._ending = threading.Event()
@@ -46,7 +51,7 @@ class Lease:
                 reached = time.monotonic()
                 if found != seen:
                     seen, since = found, reached
-                if (found is None or reached - since >= LEASE_SECONDS) and self._claimed():
+                if (self._is_free(found) or reached - since >= LEASE_SECONDS) and self._claimed():
                     break
             except UnreachableError:
                 if time.monotonic() - reached >= LEASE_SECONDS:
@@ -59,7 +64,8 @@ class Lease:
 
     def try_now(self, dead: bytes | None = None) -> bool:
         """Takes the lease if nobody has it, or if it holds what is known to be `dead`: whether it is held."""
-        if self._remote.read(self._name) not in (None, dead) or not self._claimed():
+        found = self._remote.read(self._name)
+        if not (self._is_free(found) or found == dead) or not self._claimed():
             return False
         self._live()
         return True
@@ -71,6 +77,9 @@ class Lease:
             self._heart.join()
         if self._beats and self._is_mine():
             self._remote.remove(self._name)
+
+    def _is_free(self, found: bytes | None) -> bool:
+        return found is None or (bool(self._group) and found.split()[2:3] == [self._group.encode()])
 
     def _claimed(self) -> bool:
         self._write()
@@ -92,7 +101,8 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        self._remote.write(self._name, f"{self._owner} {self._beats} {socket.gethostname()} {os.getpid()}\n".encode())
+        words = (self._owner, self._beats, self._group or "-", socket.gethostname(), os.getpid())
+        self._remote.write(self._name, " ".join(map(str, words)).encode())
 
     def _is_mine(self) -> bool:
         content = self._remote.read(self._name)

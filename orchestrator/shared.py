@@ -17,7 +17,9 @@ Only a store that cannot be written at the start is an error.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -181,11 +183,11 @@ class SharedEntries(Entries):
 
     def leftovers(self) -> list[tuple[str, str]]:
         found = set()
-        for kind in KINDS:
+        for kind in (*KINDS, "locks"):
             names = self.remote.files(kind)
             for name in names:
                 first = name.split("/")[1]
-                if first.startswith("."):
+                if first.startswith("."):  # half written
                     found.add((f"{kind}/{first}", first[1:].split(".")[0]))
                 elif kind in FOLDER_KINDS and _seal(kind, first) not in names:
                     found.add((f"{kind}/{first}", first))
@@ -247,12 +249,18 @@ class SharedEntries(Entries):
     @contextmanager
     def _leased(self, key: str) -> Iterator[Lease]:
         """A lease that is released at the end, whatever happens."""
-        mine = Lease(self.remote, key)
+        mine = Lease(self.remote, key, self._identity())
         try:
             yield mine
         finally:
             with self._spared():
                 mine.release()
+
+    def _identity(self) -> str:
+        """A word for this working copy, as seen from this machine."""
+        stat = self.root.stat()
+        known = (socket.gethostname(), str(self.root.resolve()), stat.st_dev, stat.st_ino)
+        return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
     # The other side.
 

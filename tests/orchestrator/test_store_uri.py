@@ -274,6 +274,21 @@ def test_clocks_that_jump_change_nothing(tmp_path, far, monkeypatch):
         assert order == ["first", "second"]
 
 
+def test_what_a_killed_process_of_the_same_working_copy_held_is_free_at_once(tmp_path, far, monkeypatch):
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 3600.0)
+    one, two = copy_of(far.uri, tmp_path, "one"), copy_of(far.uri, tmp_path, "two")
+    for each in (one, two):
+        each.make()
+    with one.locked("k", pytest.fail):
+        left = far.read("locks/k.lease")
+    far.write("locks/k.lease", left)
+    with two.locked_now("k") as held:
+        assert not held
+    with one.locked("k", pytest.fail):
+        assert far.read("locks/k.lease") != left
+    assert far.files("locks") == {}
+
+
 def test_who_is_displaced_neither_comes_back_nor_removes_the_lease(far, monkeypatch):
     monkeypatch.setattr(lease, "BEAT_SECONDS", 3600.0)  # as if it were stopped
     one, two = Lease(far, "k"), Lease(far, "k")
