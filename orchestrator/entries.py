@@ -435,7 +435,7 @@ def digest_of(body: Mapping[str, Any]) -> str:
 def files_of(body: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
     """The files that a manifest lists, by names within the entry. DamagedError for another form, and for other names."""
     try:
-        files = typed(body.get("files"), Mapping[str, Mapping[str, Any]], "files")
+        files: Mapping[str, Mapping[str, Any]] = typed(body.get("files"), Mapping[str, Mapping[str, Any]], "files")
         for name, facts in files.items():
             typed(facts.get("bytes"), int, f"files.{name}.bytes")
     except FaultError as fault:

@@ -23,6 +23,7 @@ from pyarrow import fs
 
 from cavs_model.errors import InputError
 from orchestrator.entries import FULL
+from orchestrator.redaction import redacted
 
 OBJECT_STORES = ("s3", "gcs", "abfs")  # by pyarrow's type names
 
@@ -48,7 +49,7 @@ class Remote:
     @property
     def shown(self) -> str:
         """The URI without credentials."""
-        return redacted(self.uri).rstrip("/")
+        return _shown(self.uri)
 
     def exists(self) -> bool:
         """Whether anything is there."""
@@ -161,9 +162,9 @@ def _facts(info: Any) -> FileFacts:
     return FileFacts(info.size or 0, info.mtime.timestamp() if info.mtime else None)
 
 
-def redacted(text: str) -> str:
-    """The text with user, password and query of every URI in it left out."""
-    return re.sub(r"(\w+://)(?:[^@\s'\"]*:[^@\s'\"]*@)?([^?\s'\"]*)(?:\?[^\s'\"]*)?", r"\1\2", text)
+def _shown(uri: str) -> str:
+    """A URI without credentials and options."""
+    return redacted(uri).partition("?")[0].rstrip("/")
 
 
 @lru_cache(maxsize=8)
@@ -180,18 +181,18 @@ def _file_system(uri: str) -> tuple[Any, str]:
     except Exception as error:  # as above
         known = "file, s3, gs, abfs, hdfs, or one of an installed fsspec package such as memory"
         raise UnreachableError(
-            f"cannot open the store {redacted(uri)}: {_reason(error, uri)}; a store is a folder or a URI of one of: {known}"
+            f"cannot open the store {_shown(uri)}: {_reason(error, uri)}; a store is a folder or a URI of one of: {known}"
         ) from None
     if not path.strip("/"):
-        raise UnreachableError(f"the store {redacted(uri)} names no bucket or folder: write scheme://bucket/prefix")
+        raise UnreachableError(f"the store {_shown(uri)} names no bucket or folder: write scheme://bucket/prefix")
     return system, path.rstrip("/")
 
 
 def _reason(error: Exception, uri: str) -> str:
     """An error in a line, without the URI's credentials."""
-    secrets = re.match(r"\w+://([^/]*):(.*)@", uri)
+    secrets = re.match(r"\w+://(?:([^/]*?):(.*)@)?[^?]*(?:\?(.*))?", uri)
     text = redacted(" ".join(str(error).split()))
     for secret in secrets.groups() if secrets else ():
-        for each in filter(None, (secret, unquote(secret))):
+        for each in filter(None, (secret, unquote(secret or ""))):
             text = text.replace(each, "***")
     return text[:500] or type(error).__name__

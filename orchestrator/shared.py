@@ -39,7 +39,9 @@ from orchestrator.entries import (
     Entries,
     Entry,
     aside_name,
+    check_value,
     digest_of,
+    files_of,
     room_in,
     unsealed,
     users_of,
@@ -289,14 +291,14 @@ class SharedEntries(Entries):
             body = unsealed(seal)
             if kind in FOLDER_KINDS:
                 beside = _beside(kind, key, body)
-                for name in body["files"]:
-                    target = (folder / name).resolve()
-                    if folder.resolve() not in target.parents:
-                        raise DamagedError(f"{name!r} lies outside of it")
+                for name in files_of(body):
+                    target = folder / name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     if not self.remote.download(f"{beside}/{name}", target):
                         raise DamagedError(f"{name} is missing")
                 verify(folder, body)
+            else:
+                check_value(kind, body)
         except DamagedError as error:
             raise DamagedError(f"in {self.where(kind, key)}: {error}") from error
         write_atomically(folder / MANIFEST, seal)
@@ -306,7 +308,7 @@ class SharedEntries(Entries):
         path, seal = self.path(kind, key), self.file(kind, key).read_bytes()
         if kind in FOLDER_KINDS:
             body = unsealed(seal)
-            for name in body["files"]:
+            for name in files_of(body):
                 self.remote.upload(path / name, f"{_beside(kind, key, body)}/{name}")
         self.remote.write(_seal(kind, key), seal)
         _uploaded.add((self.uri, kind, key))
