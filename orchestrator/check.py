@@ -10,6 +10,7 @@ from pathlib import Path
 
 from cavs_model.errors import InputError
 from orchestrator import cli, readiness
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment
 from orchestrator.ray_backend import Cluster, Node, connected, nodes
 from orchestrator.readiness import Finding, in_store, problem
@@ -25,6 +26,7 @@ def check() -> int:
     made.add_argument("--nodes", type=int, default=0, metavar="N", help="wait until the cluster has N nodes")
     made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for so long at most (%(default)s)")
     made.add_argument("--local", action="store_true", help="of a run with --local: in this process, without Ray")
+    cli.add_store(made)
     arguments, others = made.parse_known_args()
     if arguments.trials < 1:
         raise InputError(f"--trials must be at least 1, not {arguments.trials}")
@@ -57,13 +59,15 @@ def check() -> int:
         if outputs is None:
             report.tell([Finding("versions", ", ".join(f"{what} {value}" for what, value in readiness.versions().items()))])
         else:
-            _of_outputs(report, outputs, experiment, cluster, there, arguments.trials if knobs else 1, knobs)
+            store = cli.store_of(arguments.store, outputs)
+            _of_outputs(report, outputs, store, experiment, cluster, there, arguments.trials if knobs else 1, knobs)
     return report.conclude()
 
 
 def _of_outputs(
     report: Report,
     outputs: Path,
+    store: Entries,
     experiment: Experiment | None,
     cluster: Cluster | None,
     there: list[Node],
@@ -77,12 +81,17 @@ def _of_outputs(
         report.tell(found)
     except InputError as error:
         report.tell([problem("outputs", error)])
+    try:
+        store.make()
+        report.tell([Finding("store", f"{store.name}: can be written")])
+    except InputError as error:
+        report.tell([problem("store", error)])
     report.tell([readiness.of_mlflow(outputs)])
-    if experiment is None or report.problems & {"experiment", "outputs", "data", "weights", "nodes", "resources"}:
+    if experiment is None or report.problems & {"experiment", "outputs", "store", "data", "weights", "nodes", "resources"}:
         report.tell([Finding("plan", "none before the problems above are solved")])
         return
     damaged: list[str] = []
-    stored = in_store(experiment, outputs / "store", damaged.append)
+    stored = in_store(experiment, store, damaged.append)
     report.tell(Finding("store", text) for text in damaged)
     work = readiness.work_of(experiment, trials, outputs, stored, knobs)
     at_once = 1 if cluster is None else min(cluster.concurrent_jobs(experiment.resources), max(1, work.left))

@@ -20,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError, unknown
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, Trial, check_types, override, parse_assignments
 from orchestrator.redaction import redacted, redacted_traceback
+from orchestrator.shared import SharedEntries
 
 DEFAULT_SPACE = "cmr_collage"
 INPUT_ERROR_STATUS = 2
@@ -165,6 +167,22 @@ def parser(verb: str, description: str, several: bool = False) -> argparse.Argum
     made.add_argument("--outputs", type=Path, default=None, help="folder of all results (CAVS_OUTPUTS, else ./outputs)")
     made.add_argument("--verbose", action="store_true", help="show Ray's own messages too")
     return made
+
+
+def add_store(made: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The argument of the verbs that use the store."""
+    made.add_argument(
+        "--store", default=default, metavar="PLACE",
+        help="the store: a folder, or a URI such as s3://bucket/prefix (CAVS_STORE, else store/ in the outputs)",
+    )  # fmt: skip
+
+
+def store_of(chosen: str | None, outputs: Path) -> Entries:
+    """The store that was chosen; one behind a URI has its working copy in the outputs. Not made, nor looked at."""
+    place = chosen or os.environ.get("CAVS_STORE", "")
+    if "://" in place:
+        return SharedEntries(outputs / "store", place)
+    return Entries(Path(os.path.expanduser(place)).absolute() if place else outputs / "store")
 
 
 def experiment_of(arguments: argparse.Namespace) -> tuple[SearchSpace, Experiment]:

@@ -30,6 +30,7 @@ from orchestrator.comparison import (
     table_csv,
     values_of,
 )
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
@@ -142,6 +143,7 @@ def compare() -> int:
     made.add_argument("--fresh", action="store_true", help="forget what was done under --name; the store is kept")
     made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
+    cli.add_store(made)
     arguments = made.parse_args()
     spaces = [cli.load_space(name) for name in arguments.space]
     seeds = _numbers(arguments.seeds)
@@ -152,6 +154,8 @@ def compare() -> int:
         raise unknown("--reference", reference, list(entries))
     streams = streams_of(entries, settings, seeds)
     outputs = cli.outputs_folder(arguments.outputs)
+    store = cli.store_of(arguments.store, outputs)
+    store.make()
     for experiment in entries.values():
         experiment.benchmark.check()
     benchmark = streams[0].experiment.benchmark
@@ -176,7 +180,7 @@ def compare() -> int:
     progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo))
     progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
-    job = _Job(tracker, ledger, progress, splits, outputs / "store")
+    job = _Job(tracker, ledger, progress, splits, store)
     try:
         if arguments.local:
             with watched(list, progress, progress.heartbeat):
@@ -214,7 +218,7 @@ class _Job:
     ledger: Ledger
     progress: Progress
     splits: Sequence[str]
-    store: Path
+    store: Entries
     _open: set[str] = field(default_factory=set)  # names of the streams that run
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -15,7 +15,8 @@ the processes of a machine on any local file system, and between machines on NFS
 server frees the locks of a machine that vanished after its lease, about 90 seconds. They hold on one machine only where a
 file system is mounted with local locks: NFS with nolock or local_lock, Lustre with localflock, most mounts of object stores.
 Machines that share such a store would compute the same outcome at once, and clear away each other's unfinished folders: give
-each its own. A file system that has no locks at all, as Lustre without `-o flock`, is refused.
+each its own. A file system that has no locks at all, as Lustre without `-o flock`, is refused. shared.py has the store behind a
+URI, where leases stand in for locks.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -76,6 +78,19 @@ class Entries:
 
     root: Path
 
+    @property
+    def name(self) -> str:
+        """The store as it is shown."""
+        return str(self.root)
+
+    def exists(self) -> bool:
+        """Whether there is a store."""
+        return self.root.is_dir()
+
+    def telling(self, tell: Callable[[str], None]) -> Entries:
+        """The same entries, with somebody to tell what went wrong and was got around."""
+        return self
+
     def make(self) -> None:
         """Makes the folders."""
         for name in (*KINDS, "locks", "partial", "uses", "damaged"):
@@ -88,6 +103,10 @@ class Entries:
         """The entry's folder or file."""
         return self.root / kind / (key if kind in FOLDER_KINDS else f"{key}.json")
 
+    def where(self, kind: str, key: str) -> str:
+        """Where the entry lies, as it is shown."""
+        return str(self.path(kind, key))
+
     def resume(self, key: str) -> Path:
         """The folder of what a training that was cut off goes on from."""
         return self.root / "partial" / key
@@ -98,7 +117,7 @@ class Entries:
         """The verified description of an entry, and the value in it; None where there is none. DamagedError."""
         path = self.path(kind, key)
         try:
-            content = _content(self._file(kind, key))
+            content = _content(self.file(kind, key))
         except PermissionError as error:
             raise InputError(f"cannot read the store entry {path}: {error.strerror}") from error
         except FileNotFoundError:
@@ -107,16 +126,20 @@ class Entries:
             return None
         except OSError as error:
             raise DamagedError(str(error)) from error
-        body = _unsealed(content)
+        body = unsealed(content)
         if kind in FOLDER_KINDS:
-            _verify(path, body)
+            verify(path, body)
         else:
-            _check_value(kind, body)
+            check_value(kind, body)
         return body
+
+    def check(self, kind: str, key: str) -> None:
+        """DamagedError for an entry that is not what was written."""
+        self.read(kind, key)
 
     def write(self, kind: str, key: str, label: str, seconds: float, value: Any) -> None:
         """Writes an entry that is one file. `seconds` of worker time is what it took."""
-        write_atomically(self.path(kind, key), _sealed({**_facts(label, seconds), "value": value}))
+        write_atomically(self.path(kind, key), sealed({**_facts(label, seconds), "value": value}))
 
     def new_folder(self, kind: str, key: str) -> Path:
         """A name for a folder to be kept under this key; what killed processes left of earlier ones is deleted."""
@@ -131,26 +154,25 @@ class Entries:
             for path in sorted(folder.rglob("*"))
             if path.is_file()
         }
-        write_atomically(folder / MANIFEST, _sealed({**_facts(label, seconds), "files": files}))
+        write_atomically(folder / MANIFEST, sealed({**_facts(label, seconds), "files": files}))
         os.replace(folder, self.path(kind, key))
         shutil.rmtree(self.resume(key), ignore_errors=True)
 
-    def set_aside(self, kind: str, key: str) -> Path:
+    def set_aside(self, kind: str, key: str) -> str:
         """Moves a damaged entry out of the way, for whoever wants to know what happened to it; where it lies then."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
-        target = self.root / "damaged" / f"{kind}-{key}-{stamp}"
+        target = self.root / aside_name(kind, key)
         try:
             os.replace(self.path(kind, key), target)
         except OSError as error:
             raise InputError(f"cannot move the damaged store entry {self.path(kind, key)}: {error.strerror}") from error
-        return target
+        return str(target)
 
     def use(self, kind: str, key: str, user: str) -> None:
         """Notes that the entry was used now, by `user` ("sweep/cmr"; "" for nobody of a name)."""
         with suppress(OSError):  # the time is for pruning alone: a store that one may only read is used all the same
-            os.utime(self._file(kind, key))
+            os.utime(self.file(kind, key))
         if user:
-            mark = self._marks(user) / f"{kind}.{key}"
+            mark = self.marks(user) / f"{kind}.{key}"
             with room_in(self.root):
                 try:
                     if not mark.exists():
@@ -171,25 +193,40 @@ class Entries:
                     body: dict[str, Any] = {}
                     used = path.stat().st_mtime
                     with suppress(DamagedError, NotADirectoryError, IsADirectoryError, PermissionError, FileNotFoundError):
-                        file = self._file(kind, key)
+                        file = self.file(kind, key)
                         used = file.stat().st_mtime
-                        body = _unsealed(file.read_bytes())
+                        body = unsealed(file.read_bytes())
                     found.append(Entry(kind, key, size_of(path), used, body.get("made"), body.get("label", "")))
         return found
 
     def last_use(self, kind: str, key: str) -> float | None:
         """When an entry was used last, in seconds since the epoch; None where what seals it is gone."""
         try:
-            return self._file(kind, key).stat().st_mtime
+            return self.file(kind, key).stat().st_mtime
         except OSError:
             return None
 
-    def leftovers(self) -> list[tuple[Path, str]]:
-        """What belongs to no entry, with the key whose lock guards it: unfinished ones, things to resume, damaged ones."""
+    def leftovers(self) -> list[tuple[str, str]]:
+        """What belongs to no entry, by name and the key whose lock guards it: unfinished, to be resumed, damaged."""
         found = [(path, path.name[1:].split(".")[0]) for kind in KINDS for path in (self.root / kind).glob(".*")]
         found += [(path, path.name) for path in (self.root / "partial").glob("*")]
         found += [(path, path.name.split("-")[1]) for path in (self.root / "damaged").glob("*-*-*")]
-        return sorted(found)
+        found += [(path, path.name.split(".")[1]) for path in (self.root / "fetched").glob("*.*.*")]
+        return sorted((path.relative_to(self.root).as_posix(), key) for path, key in found)
+
+    def measure(self, leftover: str) -> tuple[int, float] | None:
+        """Bytes of a leftover and when it last changed, in seconds since the epoch; None where it is gone."""
+        path = self.root / leftover
+        with suppress(FileNotFoundError):
+            return size_of(path), max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+        return None
+
+    def discard(self, leftover: str) -> None:
+        """Deletes a leftover. Its lock must be held."""
+        remove(self.root / leftover)
+
+    def end_dead_leases(self, on_wait: Callable[[str], None]) -> None:
+        """Frees what dead processes hold, where no kernel does that."""
 
     def delete(self, kind: str, key: str) -> None:
         """Deletes an entry and every note of its use. Its lock must be held."""
@@ -203,23 +240,23 @@ class Entries:
 
     def users(self) -> dict[str, set[tuple[str, str]]]:
         """User -> (kind, key) of the entries it used."""
-        found = {}
-        for folder in sorted((self.root / "uses").glob("*/*")):
-            marks = (mark.name.split(".", 1) for mark in folder.iterdir() if "." in mark.name)
-            found[f"{folder.parent.name}/{unquote(folder.name)}"] = {(kind, key) for kind, key in marks}
-        return found
+        return users_of(path.relative_to(self.root).as_posix() for path in sorted((self.root / "uses").glob("*/*/*.*")))
 
     def forget(self, user: str, kind: str, key: str) -> None:
         """Deletes the note that `user` used an entry."""
-        (self._marks(user) / f"{kind}.{key}").unlink(missing_ok=True)
+        (self.marks(user) / f"{kind}.{key}").unlink(missing_ok=True)
         with suppress(OSError):  # it has others
-            self._marks(user).rmdir()
+            self.marks(user).rmdir()
 
     # Locks.
 
-    @contextmanager
-    def locked(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+    def locked(self, key: str, on_wait: Callable[[], None]) -> AbstractContextManager[None]:
         """Holds the lock of a key, so that who needs the same waits instead of computing it again; waits for whoever has it."""
+        return self.locked_here(key, on_wait)
+
+    @contextmanager
+    def locked_here(self, key: str, on_wait: Callable[[], None]) -> Iterator[None]:
+        """As `locked`, for what concerns only those who share this folder."""
         with self._lock_file(key) as descriptor:
             if not self._taken(descriptor):
                 on_wait()
@@ -227,9 +264,13 @@ class Entries:
                     time.sleep(LOCK_POLL_SECONDS)
             yield
 
-    @contextmanager
-    def locked_now(self, key: str) -> Iterator[bool]:
+    def locked_now(self, key: str) -> AbstractContextManager[bool]:
         """Holds the lock of a key if nobody else does: whether it is held."""
+        return self.locked_here_now(key)
+
+    @contextmanager
+    def locked_here_now(self, key: str) -> Iterator[bool]:
+        """As `locked_now`, for what concerns only those who share this folder."""
         with self._lock_file(key) as descriptor:
             yield self._taken(descriptor)
 
@@ -256,15 +297,37 @@ class Entries:
             raise
         return True
 
-    def _file(self, kind: str, key: str) -> Path:
+    def file(self, kind: str, key: str) -> Path:
         """The file that seals the entry."""
         path = self.path(kind, key)
         return path / MANIFEST if kind in FOLDER_KINDS else path
 
-    def _marks(self, user: str) -> Path:
+    def marks(self, user: str) -> Path:
+        """The folder of the notes of what `user` used."""
         kind, _, name = user.partition("/")
         quoted = quote(name, safe=" ")
         return self.root / "uses" / kind / (f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted)
+
+
+def warn(text: str) -> None:
+    """Tells of trouble on stderr."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def aside_name(kind: str, key: str) -> str:
+    """A new name for a damaged entry."""
+    return f"damaged/{kind}-{key}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S.%fZ')}"
+
+
+def users_of(marks: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
+    """User -> (kind, key) from the names of marks, "uses/sweep/cmr/networks.KEY"."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for mark in marks:
+        _, user, name, used = mark.split("/", 3)
+        kind, _, key = used.partition(".")
+        if kind in KINDS:  # and not what a killed process left
+            found.setdefault(f"{user}/{unquote(name)}", set()).add((kind, key))
+    return found
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -320,8 +383,9 @@ def _facts(label: str, seconds: float) -> dict[str, Any]:
     return {"label": label, "made": time.time(), "seconds": float(seconds)}
 
 
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    return json.dumps({"sha256": _digest(body), **body}).encode()
+def sealed(body: Mapping[str, Any]) -> bytes:
+    """The file that holds a description and its sha256."""
+    return json.dumps({"sha256": digest_of(body), **body}).encode()
 
 
 def _content(path: Path) -> bytes:
@@ -331,14 +395,14 @@ def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _unsealed(content: bytes) -> dict[str, Any]:
+def unsealed(content: bytes) -> dict[str, Any]:
     """What was sealed. DamagedError where it is something else, in any way."""
     try:
         body = dict(json.loads(content))
         said = body.pop("sha256")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise DamagedError(f"not an entry: {type(error).__name__}: {error}") from error
-    if said != _digest(body):
+    if said != digest_of(body):
         raise DamagedError("its checksum differs")
     try:  # whoever can write here can seal it too
         for name, hint in (("label", str), ("made", float), ("seconds", float)):
@@ -348,7 +412,7 @@ def _unsealed(content: bytes) -> dict[str, Any]:
     return body
 
 
-def _check_value(kind: str, body: Mapping[str, Any]) -> None:
+def check_value(kind: str, body: Mapping[str, Any]) -> None:
     """DamagedError unless the value of an entry that is one file has the form that its kind has."""
     try:
         value = typed(body.get("value"), Mapping[str, Any], "value")
@@ -363,22 +427,29 @@ def _check_value(kind: str, body: Mapping[str, Any]) -> None:
         raise DamagedError(f"{kind}: {shown(str(error))}") from None
 
 
-def _digest(body: Mapping[str, Any]) -> str:
+def digest_of(body: Mapping[str, Any]) -> str:
+    """The sha256 of a description."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def _verify(folder: Path, body: Mapping[str, Any]) -> None:
-    """DamagedError unless the files of a manifest are what was written; hashed once per process as long as none changes."""
-    seen = []
+def files_of(body: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    """The files that a manifest lists, by names within the entry. DamagedError for another form, and for other names."""
     try:
-        files = typed(body.get("files"), Mapping[str, Mapping[str, Any]], "files")
+        files: Mapping[str, Mapping[str, Any]] = typed(body.get("files"), Mapping[str, Mapping[str, Any]], "files")
         for name, facts in files.items():
             typed(facts.get("bytes"), int, f"files.{name}.bytes")
     except FaultError as fault:
         raise DamagedError(f"{MANIFEST}: {fault}") from None
-    for name, facts in files.items():
+    for name in files:
         if not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise DamagedError(f"{name!r} lies outside of it")
+    return files
+
+
+def verify(folder: Path, body: Mapping[str, Any]) -> None:
+    """DamagedError unless the files of a manifest are what was written; hashed once per process as long as none changes."""
+    seen, files = [], files_of(body)
+    for name, facts in files.items():
         if folder.is_symlink() or os.path.realpath(folder / name) != os.path.join(os.path.realpath(folder), name):
             raise DamagedError(f"{name!r} is reached by a link")
         try:
@@ -388,7 +459,7 @@ def _verify(folder: Path, body: Mapping[str, Any]) -> None:
         if stat.st_size != facts["bytes"]:
             raise DamagedError(f"{name} has {stat.st_size} bytes, not {facts['bytes']}")
         seen.append((name, stat.st_size, stat.st_mtime_ns))
-    state = (str(folder), _digest(body), tuple(seen))
+    state = (str(folder), digest_of(body), tuple(seen))
     if state in _verified:
         return
     for name, facts in files.items():

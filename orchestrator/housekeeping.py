@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cavs_model.errors import InputError
 from orchestrator import cli
-from orchestrator.entries import KINDS, DamagedError, Entries, Entry, remove, size_of
+from orchestrator.entries import KINDS, DamagedError, Entries, Entry
 
 DAMAGED_STATUS = 1
 UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60}
@@ -34,11 +34,15 @@ def housekeeping() -> int:
         each.add_argument(
             "--outputs", type=Path, default=argparse.SUPPRESS, help="folder of all results, of which store/ is one"
         )
+        cli.add_store(each, default=argparse.SUPPRESS)
     arguments = made.parse_args()
-    entries = Entries(cli.outputs_folder(getattr(arguments, "outputs", None)) / "store")
-    if not entries.root.is_dir():
-        raise InputError(f"no store at {entries.root}; choose another folder by --outputs or CAVS_OUTPUTS")
-    entries.make()
+    outputs = cli.outputs_folder(getattr(arguments, "outputs", None))
+    entries = cli.store_of(getattr(arguments, "store", None), outputs)
+    if not entries.exists():
+        raise InputError(f"no store at {entries.name}; choose another by --store, --outputs, CAVS_STORE or CAVS_OUTPUTS")
+    if arguments.verb in ("verify", "prune"):
+        entries.make()
+        entries.end_dead_leases(lambda text: print(text, flush=True))
     if arguments.verb == "verify":
         return verify_all(entries, arguments.repair)
     if arguments.verb == "prune":
@@ -69,7 +73,7 @@ def verify_all(entries: Entries, repair: bool) -> int:
                 continue
             damaged += 1
             aside = f"; set aside as {entries.set_aside(entry.kind, entry.key)}" if repair else ""
-            print(f"damaged: {entries.path(entry.kind, entry.key)}: {problem}{aside}")
+            print(f"damaged: {entries.where(entry.kind, entry.key)}: {problem}{aside}")
     total = _bytes(sum(entry.size_bytes for entry in found))
     print(f"{len(found)} entries, {total}: {f'{damaged} damaged' if damaged else 'all intact'}")
     return DAMAGED_STATUS if damaged else 0
@@ -79,13 +83,14 @@ def prune_old(entries: Entries, age_seconds: float, delete: bool) -> None:
     """Deletes, or shows, entries not used for so long, and what killed runs left and damaged entries of that age."""
     limit = time.time() - age_seconds
     _prune(entries, [entry for entry in entries.scan() if entry.used < limit], delete, limit)
-    for path, key in entries.leftovers():
+    for leftover, key in entries.leftovers():
         with entries.locked_now(key) as held:
-            if not held or not path.exists() or max(each.lstat().st_mtime for each in (path, *path.rglob("*"))) >= limit:
+            size, changed = entries.measure(leftover) or (0, limit)
+            if not held or changed >= limit:
                 continue
-            print(f"{'deleted' if delete else 'would delete'} leftover {path}, {_bytes(size_of(path))}")
+            print(f"{'deleted' if delete else 'would delete'} leftover {entries.name}/{leftover}, {_bytes(size)}")
             if delete:
-                remove(path)
+                entries.discard(leftover)
 
 
 def prune_run(entries: Entries, user: str, delete: bool) -> None:
@@ -132,7 +137,7 @@ def _prune(entries: Entries, chosen: Sequence[Entry], delete: bool, limit: float
 def _problem(entries: Entries, entry: Entry) -> str | None:
     """What is wrong with an entry, None where nothing is."""
     try:
-        entries.read(entry.kind, entry.key)
+        entries.check(entry.kind, entry.key)
     except DamagedError as error:
         return str(error)
     return None

@@ -39,6 +39,7 @@ from cavs_model.networks.vggish import AUDIO_DIM, feature_name
 from cavs_model.train import TaskJob
 from cavs_model.types import AUDIO_VISUAL, Batch, ScoreTable
 from cavs_model.worker import arithmetic, device_for
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Resources
 from orchestrator.progress import clock, planned_work
 from orchestrator.ray_backend import SCORING_SPEEDUP, Cluster, Node, in_a_worker, nodes, on_every_node
@@ -382,7 +383,7 @@ class _Nothing:
         return refuse
 
 
-def in_store(experiment: Experiment, root: Path, told: Callable[[str], None]) -> list[list[About]]:
+def in_store(experiment: Experiment, store: Entries | Path, told: Callable[[str], None]) -> list[list[About]]:
     """Per seed the networks of the experiment's stream that the store has, in order, up to the first that is missing."""
 
     def busy(label: str) -> None:
@@ -391,7 +392,7 @@ def in_store(experiment: Experiment, root: Path, told: Callable[[str], None]) ->
     backend: Backend = _Nothing()  # every verb, by __getattr__
     found = []
     for seed in experiment.seeds:
-        walk = _Walk(StoredBackend(backend, root, on_wait=busy, on_damage=told))
+        walk = _Walk(StoredBackend(backend, store, on_wait=busy, on_damage=told))
         with suppress(_NotThereError):
             for _ in run_stream(replace(experiment, per_frame=False), seed, walk, splits=()):
                 pass

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from orchestrator import cli
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
@@ -24,9 +24,12 @@ def run() -> int:
         "--test", action="store_true", help="evaluate the test splits too: only for a configuration that is settled"
     )
     made.add_argument("--local", action="store_true", help="in this process, without Ray")
+    cli.add_store(made)
     arguments = made.parse_args()
     _, experiment = cli.experiment_of(arguments)
     outputs = cli.outputs_folder(arguments.outputs)
+    entries = cli.store_of(arguments.store, outputs)
+    entries.make()
     experiment.benchmark.check()
     tracking = tracking_uri(outputs)
     tracker = Tracker(tracking, outputs / "artifacts")
@@ -39,14 +42,14 @@ def run() -> int:
     if arguments.local:
         backend = LocalBackend(outputs / "data", experiment.resources, progress)
         with watched(list, progress, progress.heartbeat):
-            _streams(experiment, splits, backend, outputs, tracker, progress, name)
+            _streams(experiment, splits, backend, entries, tracker, progress, name)
     else:
         with connected(arguments.verbose) as cluster:
             progress.line(cluster.describe())
             cluster.concurrent_jobs(experiment.resources)
             on_ray = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
             with watched(lambda: drain(on_ray.mailbox), progress, progress.heartbeat):
-                _streams(experiment, splits, on_ray, outputs, tracker, progress, name)
+                _streams(experiment, splits, on_ray, entries, tracker, progress, name)
     print(f"MLflow: {tracker.open_hint}", flush=True)
     return 0
 
@@ -55,14 +58,14 @@ def _streams(
     experiment: Experiment,
     splits: Sequence[str],
     backend: Backend,
-    outputs: Path,
+    entries: Entries,
     tracker: Tracker,
     progress: Progress,
     name: str,
 ) -> None:
     store = StoredBackend(
         backend,
-        outputs / "store",
+        entries,
         on_wait=lambda what: progress.line(f"waiting for another process: {what}"),
         user=f"run/{name}",
         on_damage=progress.line,

@@ -34,6 +34,7 @@ from ray.tune.search import Searcher
 from cavs_model.errors import InputError, unknown
 from cavs_model.train import DivergedError
 from orchestrator.cli import SearchSpace
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, override
 from orchestrator.ledger import COMPUTED, Ledger
 from orchestrator.ray_backend import RayBackend
@@ -60,7 +61,7 @@ class Plan:
     experiment: Experiment
     objectives: tuple[Objective, ...]
     backend: RayBackend
-    store: Path
+    store: Entries
     user: str  # on whose account entries of the store are used
 
 

@@ -4,7 +4,8 @@
 address is a hash of all that can influence it: the job's own inputs, the addresses of the checkpoints it starts from, the
 knobs of the method that act in its stage, and the code of `cavs_model`. Place and number of workers are not part of it.
 
-Every outcome is verified when it is read. A damaged one is set aside, told of, and computed again. entries.py has the files.
+Every outcome is verified when it is read. A damaged one is set aside, told of, and computed again. entries.py has the files,
+shared.py those of a store behind a URI.
 `python -m orchestrator.store` lists, verifies and prunes them.
 """
 
@@ -34,7 +35,7 @@ from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.networks.vggish import weights_digest
 from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import ScoreTable, Task
-from orchestrator.entries import DamagedError, Entries, room_in, write_atomically
+from orchestrator.entries import DamagedError, Entries, room_in, warn, write_atomically
 from orchestrator.experiment import fingerprint, plain
 from orchestrator.stream import Backend
 
@@ -180,20 +181,15 @@ class Reuse:
         )
 
 
-def warn(text: str) -> None:
-    """Tells of damage on stderr."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 @dataclass(frozen=True)
 class StoredBackend:
-    """A backend that remembers. InputError where `root` cannot be written or is full.
+    """A backend that remembers. `place` is the store's entries or their folder. InputError where it cannot be written.
 
     `user` is on whose account entries are used, a kind and a name such as "sweep/cmr": what `prune --sweep cmr` goes by.
     """
 
     backend: Backend
-    root: Path
+    place: Entries | Path
     on_wait: Callable[[str], None] = lambda label: None
     reuse: Reuse = field(default_factory=Reuse)
     user: str = ""
@@ -203,13 +199,14 @@ class StoredBackend:
         self._entries.make()
 
     def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
-        with self._locked(f"data-{benchmark.fingerprint()[:40]}", f"data of {benchmark.name}"):
+        label = f"data of {benchmark.name}"
+        with self._entries.locked_here(f"data-{benchmark.fingerprint()[:40]}", lambda: self.on_wait(label)):
             return self.backend.prepare(benchmark, splits, audio_weights)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         entries, by_key = self._entries, {train_key(job): job for job in jobs}
         seconds: dict[str, float] = {}  # of what was trained now
-        with ExitStack() as locks, room_in(self.root):
+        with ExitStack() as locks, room_in(self._entries.root):
             absent = {key for key in by_key if self._found("networks", key) is None}
             # In sorted order, so that two trials that want the same two networks never wait for each other.
             for key in sorted(absent):
@@ -271,7 +268,8 @@ class StoredBackend:
 
     @property
     def _entries(self) -> Entries:
-        return Entries(self.root)
+        entries = self.place if isinstance(self.place, Entries) else Entries(self.place)
+        return entries.telling(self.on_damage)
 
     def _json(self, kind: str, key: str, label: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """An outcome kept as one file."""
@@ -287,7 +285,7 @@ class StoredBackend:
         """An entry's description; `compute` writes the entry where there is none that is whole."""
         body, computed = self._found(kind, key), False
         if body is None:
-            with self._locked(key, label), room_in(self.root):
+            with self._locked(key, label), room_in(self._entries.root):
                 body = self._found(kind, key, locked=True)
                 if body is None:
                     compute()
@@ -302,11 +300,14 @@ class StoredBackend:
         try:
             return self._entries.read(kind, key)
         except DamagedError as error:
-            if locked:
-                aside = self._entries.set_aside(kind, key)
-                path = self._entries.path(kind, key)
-                self.on_damage(f"damaged store entry {path}: {error}; set aside as {aside}, computing it again")
-            return None
+            if not locked:
+                return None
+            aside = self._entries.set_aside(kind, key)
+            path = self._entries.path(kind, key)
+            self.on_damage(
+                f"damaged store entry {path}: {error}; set aside as {aside}, computing it again if there is no other"
+            )
+            return self._found(kind, key, locked)
 
     def _count(self, kind: str, key: str, computed: float | None, body: Mapping[str, Any] | None = None) -> None:
         """Notes a use of an entry, which took `computed` seconds just now or was there already."""

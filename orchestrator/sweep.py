@@ -19,6 +19,7 @@ from typing import Any
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import check_weights
 from orchestrator import cli
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, flatten, override, plain
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
 from orchestrator.progress import Event, Progress, planned_work, watched
@@ -169,6 +170,7 @@ def sweep() -> int:
                       help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on (0: none is pruned)")  # fmt: skip
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
+    cli.add_store(made)
     arguments = made.parse_args()
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
@@ -179,6 +181,8 @@ def sweep() -> int:
     if not knobs:
         raise InputError(f"search space {space.name} opens no knob; use python -m orchestrator.run {space.name}")
     outputs = cli.outputs_folder(arguments.outputs)
+    entries = cli.store_of(arguments.store, outputs)
+    entries.make()
     experiment.benchmark.check()
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
     folder = cli.run_folder(outputs / "sweeps", arguments.name, space.name)
@@ -187,7 +191,7 @@ def sweep() -> int:
         progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, space.objectives[0].mode)
         progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
         progress.line(f"MLflow: {tracker.open_hint}")
-        failed = _Sweep(space, wanted, outputs, tracker, ledger, progress).run(arguments.verbose)
+        failed = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress).run(arguments.verbose)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -229,6 +233,7 @@ class _Sweep:
     space: cli.SearchSpace
     wanted: Search
     outputs: Path
+    entries: Entries
     tracker: Tracker
     ledger: Ledger
     progress: Progress
@@ -285,8 +290,8 @@ class _Sweep:
         self._begin()
         backend = RayBackend(self.outputs / "data", self.outputs / "scratch", experiment.resources, new_mailbox())
         user = f"sweep/{ledger.folder.name}"
-        store = StoredBackend(backend, self.outputs / "store", user=user, on_damage=progress.line)
-        plan = Plan(experiment, space.objectives, backend, self.outputs / "store", user)
+        store = StoredBackend(backend, self.entries, user=user, on_damage=progress.line)
+        plan = Plan(experiment, space.objectives, backend, self.entries, user)
         log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
         try:
             with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):

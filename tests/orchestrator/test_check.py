@@ -279,7 +279,7 @@ def test_a_space_that_can_run_here(outputs: Path, monkeypatch: pytest.MonkeyPatc
     assert "sqlite:///" in told
     assert told.splitlines()[-1] == "no problems"
     assert {line.split()[1] for line in told.splitlines()[:-1]} == {
-        "experiment:", "versions:", "outputs:", "data:", "weights:", "mlflow:", "plan:", "disk:", "time:", "memory:"
+        "experiment:", "versions:", "outputs:", "data:", "weights:", "store:", "mlflow:", "plan:", "disk:", "time:", "memory:"
     }  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def define(trial):
 def keep_process(monkeypatch):
     """`main` sets a handler and `load_space` adds modules: both are undone."""
     before, modules = signal.getsignal(signal.SIGTERM), set(sys.modules)
-    for name in ("CAVS_OUTPUTS", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    for name in ("CAVS_OUTPUTS", "CAVS_STORE", "MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)
     yield
     signal.signal(signal.SIGTERM, before)
