@@ -180,6 +180,9 @@ def train_task(job: TaskJob, worker: Worker) -> None:
             clips=epochs * job.num_samples,
             seconds=resumption.worker_seconds() / worker.world_size,
             world_size=worker.world_size,
+            classes=job.data.learned_order,
+            image_size_px=job.data.benchmark.image_size_px,
+            frames=job.data.benchmark.frames,
         )
         checkpoint.save(Path(job.output), choice.weights or student.state_dict(), about)
 
