@@ -164,6 +164,7 @@ def parser(verb: str, description: str, several: bool = False) -> argparse.Argum
     )  # fmt: skip
     made.add_argument("--outputs", type=Path, default=None, help="folder of all results (CAVS_OUTPUTS, else ./outputs)")
     made.add_argument("--verbose", action="store_true", help="show Ray's own messages too")
+    made.add_argument("--plain", action="store_true", help="progress as lines in a terminal too")
     return made
 
 

@@ -6,6 +6,7 @@ once. The same command with the same --name goes on where it was cut off, in the
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -36,8 +37,10 @@ from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.redaction import redacted
-from orchestrator.store import StoredBackend, write_atomically
+from orchestrator.status import StatusFile
+from orchestrator.store import Reuse, StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tracking_uri
 
 PLAN_FILE = "comparison.json"
@@ -172,10 +175,30 @@ def compare() -> int:
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.
-    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo))
+    shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "comparison"))
+    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo), renderers=shown, unit="streams")
+    progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
     progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
     job = _Job(tracker, ledger, progress, splits, outputs / "store")
+    progress.shared = job.shared
+    with progress:
+        failed = _run(arguments, streams, todo, job, outputs, seeds, reference)
+    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
+    return 1 if failed else 0
+
+
+def _run(
+    arguments: argparse.Namespace,
+    streams: Sequence[Stream],
+    todo: Sequence[Stream],
+    job: _Job,
+    outputs: Path,
+    seeds: Sequence[int],
+    reference: str,
+) -> dict[str, str]:
+    """Runs what is left and concludes; the streams that failed, with their errors."""
+    tracker, ledger, progress, splits = job.tracker, job.ledger, job.progress, job.splits
     try:
         if arguments.local:
             with watched(list, progress, progress.heartbeat):
@@ -184,6 +207,7 @@ def compare() -> int:
             with connected(arguments.verbose) as cluster:
                 fits = min(cluster.concurrent_jobs(stream.experiment.resources) for stream in todo)
                 progress.line(f"{cluster.describe()}; {fits} streams at a time")
+                progress.where += cluster.where
                 mailbox = new_mailbox()
 
                 def on_ray(stream: Stream) -> Backend:
@@ -193,6 +217,7 @@ def compare() -> int:
                     failed = job.run(todo, on_ray, fits)
         else:
             failed = {}
+        progress.rest()
         conclude(streams, ledger, failed, seeds, reference, splits, tracker)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
@@ -200,8 +225,7 @@ def compare() -> int:
         tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
         raise
     tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
-    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
-    return 1 if failed else 0
+    return failed
 
 
 @dataclass
@@ -216,6 +240,11 @@ class _Job:
     _open: set[str] = field(default_factory=set)  # names of the streams that run
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _reuses: list[Reuse] = field(default_factory=list)  # of the streams begun
+
+    def shared(self) -> str:
+        """What all streams computed and what the store had."""
+        return sum(list(self._reuses), Reuse()).describe()
 
     def run(self, todo: Sequence[Stream], backend: Callable[[Stream], Backend], at_once: int) -> dict[str, str]:
         """Runs the streams; the name of every one that failed, with its error. The others go on.
@@ -263,6 +292,7 @@ class _Job:
             stored = StoredBackend(
                 backend(stream), self.store, user=f"comparison/{self.ledger.folder.name}", on_damage=self.progress.line
             )
+            self._reuses.append(stored.reuse)
             outcomes = []
             for outcome in run_stream(
                 stream.experiment, stream.seed, stored, self.splits, label=f"{stream.entry} {stream.setting} "
@@ -283,7 +313,8 @@ class _Job:
                 failure = redacted(f"{type(error).__name__}: {error}")[:4000]
                 self.tracker.tag(self.ledger.runs[stream.name], {"failure": failure})
                 self._end(stream, "FAILED")
-            self.progress({"kind": "trial", "text": f"failed: {type(error).__name__}: {error}", **label})
+            text = f"failed: {type(error).__name__}: {error}"
+            self.progress({"kind": "trial", "status": "FAILED", "text": text, **label})
             raise
 
     def _begin(self, stream: Stream) -> None:

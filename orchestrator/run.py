@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,10 @@ from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.status import run_status
 from orchestrator.store import StoredBackend
 from orchestrator.stream import Backend, run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tracking_uri
 
 
@@ -33,9 +36,25 @@ def run() -> int:
     splits = [
         split for split in experiment.benchmark.splits() if split == "val" or (arguments.test and split.startswith("test"))
     ]
-    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1)
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
+    shown = (renderer(sys.stdout, name, arguments.plain), run_status(outputs, name))
+    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1, renderers=shown)
+    progress.where = (f"MLflow: {tracker.open_hint}",)
+    with progress:
+        _run(arguments, experiment, splits, outputs, tracker, progress, name)
+    print(f"MLflow: {tracker.open_hint}", flush=True)
+    return 0
 
+
+def _run(
+    arguments: argparse.Namespace,
+    experiment: Experiment,
+    splits: Sequence[str],
+    outputs: Path,
+    tracker: Tracker,
+    progress: Progress,
+    name: str,
+) -> None:
     if arguments.local:
         backend = LocalBackend(outputs / "data", experiment.resources, progress)
         with watched(list, progress, progress.heartbeat):
@@ -43,12 +62,12 @@ def run() -> int:
     else:
         with connected(arguments.verbose) as cluster:
             progress.line(cluster.describe())
+            progress.where += cluster.where
             cluster.concurrent_jobs(experiment.resources)
             on_ray = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
             with watched(lambda: drain(on_ray.mailbox), progress, progress.heartbeat):
                 _streams(experiment, splits, on_ray, outputs, tracker, progress, name)
-    print(f"MLflow: {tracker.open_hint}", flush=True)
-    return 0
+    progress({"kind": "trial", "trial": 1, "label": name, "text": "done"})
 
 
 def _streams(
@@ -67,6 +86,7 @@ def _streams(
         user=f"run/{name}",
         on_damage=progress.line,
     )
+    progress.shared = store.reuse.describe
     for seed in experiment.seeds:
         run_id = tracker.stream(experiment, seed, f"{name} seed {seed}")
         try:

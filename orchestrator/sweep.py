@@ -25,8 +25,10 @@ from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.redaction import redacted
 from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
+from orchestrator.status import StatusFile
 from orchestrator.store import StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tags_of, tracking_uri
 
 
@@ -183,10 +185,15 @@ def sweep() -> int:
     folder = cli.run_folder(outputs / "sweeps", arguments.name, space.name)
     with held(folder, arguments.fresh):
         ledger = Ledger.open(folder, plan_of(space, wanted))
-        progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, space.objectives[0].mode)
-        progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
-        progress.line(f"MLflow: {tracker.open_hint}")
-        failed = _Sweep(space, wanted, outputs, tracker, ledger, progress).run(arguments.verbose)
+        shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "sweep"))
+        mode = space.objectives[0].mode
+        progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, mode, renderers=shown)
+        progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
+        progress.shared = lambda: shared_by(ledger.trials)
+        with progress:
+            progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
+            progress.line(f"MLflow: {tracker.open_hint}")
+            failed = _Sweep(space, wanted, outputs, tracker, ledger, progress).run(arguments.verbose)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -253,9 +260,11 @@ class _Sweep:
             with connected(verbose) as cluster:
                 concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
                 self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
+                self.progress.where += cluster.where
                 reason = self._compute(concurrency)
         else:
             self._begin()
+        self.progress.rest()
         try:
             failed = conclude(self.space.objectives, ledger, self.tracker, reason)
         except BaseException:
@@ -389,9 +398,7 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
     why = reason or f"all {len(ledger.trials)} trials were run"
     more = f"; {stopped} trials were stopped between tasks, a larger budget goes on with them" if stopped else ""
     print(f"the search ended: {why}{more}", flush=True)
-    reused = sum(float(trial.metrics.get("reused_worker_seconds", 0)) for trial in ledger.trials.values())
-    computed = sum(float(trial.metrics.get(COMPUTED, 0)) for trial in ledger.trials.values())
-    print(f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused", flush=True)
+    print(shared_by(ledger.trials), flush=True)
     tracker.tag(ledger.parent, {"ended": why})
     if len(objectives) > 1:
         front = pareto_front(ended, objectives)
@@ -410,6 +417,13 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
         shown = " ".join(f"--set {name}={setting}" for name, setting in config.items())
         print(f"best: {metrics[0]} {value:.4f} with {shown}", flush=True)
     return any(trial.state == "FAILED" for trial in ended.values())
+
+
+def shared_by(trials: Mapping[int, Trial]) -> str:
+    """What the trials computed and what the store had of it, in worker-seconds."""
+    reports = [trial.metrics for trial in list(trials.values())]
+    reused, computed = (sum(float(metrics.get(name, 0)) for metrics in reports) for name in ("reused_worker_seconds", COMPUTED))
+    return f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused"
 
 
 def _keep(ledger: Ledger, tracker: Tracker, name: str, content: str) -> None:
