@@ -37,7 +37,7 @@ class Schedule:
     """How long and how fast a task is learned."""
 
     epochs: int = 30  # of every task after the base task
-    base_epochs: int = 30
+    base_epochs: int = 30  # of the base task
     batch_size: int = 16  # clips over all workers
     learning_rate: float = 1e-4  # Adam, without weight decay
     decay: Literal["constant", "cosine"] = "constant"  # of the learning rate over a task, per step

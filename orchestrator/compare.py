@@ -31,7 +31,9 @@ from orchestrator.comparison import (
     table_csv,
     values_of,
 )
+from orchestrator.dry_run import debug_name, debugged, tasks_done
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
+from orchestrator.fields import text
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
@@ -144,11 +146,17 @@ def compare() -> int:
     made.add_argument("--fresh", action="store_true", help="forget what was done under --name; the store is kept")
     made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
+    cli.add_training(made)
     arguments = made.parse_args()
     spaces = [cli.load_space(name) for name in arguments.space]
     seeds = _numbers(arguments.seeds)
     settings = [part.strip() for part in arguments.setting.split(",") if part.strip()]
     entries = entries_of(spaces, arguments.only, parse_assignments(arguments.assignments))
+    if arguments.help_fields:
+        print(text(next(iter(entries.values()))))
+        return 0
+    if arguments.debug:
+        seeds, entries = seeds[:1], {name: debugged(experiment) for name, experiment in entries.items()}
     reference = arguments.reference or next(iter(entries))
     if reference not in entries:
         raise unknown("--reference", reference, list(entries))
@@ -163,8 +171,13 @@ def compare() -> int:
             raise InputError(
                 f"{stream.entry}: benchmark {stream.experiment.benchmark.name} has no split {sorted(missing)[0]!r}"
             )
+    if arguments.dry_run:
+        tell_plan(streams, splits, outputs / "store")
+        return 0
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
-    folder = _folder(outputs / "comparisons", arguments.name, spaces[0].name, arguments.fresh)
+    name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
+    default = debug_name(spaces[0].name) if arguments.debug else spaces[0].name
+    folder = _folder(outputs / "comparisons", name, default, arguments.fresh)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
     ledger = Ledger.open(folder, plan)
     if ledger.parent:
@@ -340,6 +353,17 @@ class _Job:
             if self._stopped:
                 raise RuntimeError("the comparison was stopped")
             yield
+
+
+def tell_plan(streams: Sequence[Stream], splits: Sequence[str], store: Path) -> None:
+    """Prints what would be run: every stream with its work and the tasks that the store has."""
+    work = mean_work(streams) * len(streams)
+    print(f"dry run, nothing is computed: {len(streams)} streams, {work:.0f} clip passes; tested on {', '.join(splits)}")
+    for stream in streams:
+        count, absent = tasks_done(stream.experiment, stream.seed, splits, store)
+        first = f"; the first that is missing: {absent}" if absent else ""
+        total = len(planned_work(stream.experiment))
+        print(f"  {stream.name}: the store has {count} of {total} tasks{first}")
 
 
 def mean_work(streams: Sequence[Stream]) -> float:

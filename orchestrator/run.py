@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from orchestrator import cli
+from orchestrator.dry_run import debug_name, plan_text
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
@@ -27,16 +28,21 @@ def run() -> int:
         "--test", action="store_true", help="evaluate the test splits too: only for a configuration that is settled"
     )
     made.add_argument("--local", action="store_true", help="in this process, without Ray")
+    cli.add_training(made)
     arguments = made.parse_args()
     _, experiment = cli.experiment_of(arguments)
     outputs = cli.outputs_folder(arguments.outputs)
     experiment.benchmark.check()
-    tracking = tracking_uri(outputs)
-    tracker = Tracker(tracking, outputs / "artifacts")
     splits = [
         split for split in experiment.benchmark.splits() if split == "val" or (arguments.test and split.startswith("test"))
     ]
+    if arguments.dry_run:
+        print(f"dry run, nothing is computed\n{plan_text(experiment, splits, outputs / 'store')}")
+        return 0
+    tracking = tracking_uri(outputs)
+    tracker = Tracker(tracking, outputs / "artifacts")
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
+    name = debug_name(name) if arguments.debug else name
     shown = (renderer(sys.stdout, name, arguments.plain), run_status(outputs, name))
     progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1, renderers=shown)
     progress.where = (f"MLflow: {tracker.open_hint}",)

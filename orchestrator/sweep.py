@@ -19,6 +19,7 @@ from typing import Any
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import check_weights
 from orchestrator import cli
+from orchestrator.dry_run import DEBUG_TRIALS, debug_name, plan_text
 from orchestrator.experiment import Experiment, Objective, flatten, override, plain
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
 from orchestrator.progress import Event, Progress, planned_work, watched
@@ -170,7 +171,10 @@ def sweep() -> int:
                       help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on (0: none is pruned)")  # fmt: skip
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
+    cli.add_training(made)
     arguments = made.parse_args()
+    if arguments.debug:
+        arguments.trials = min(arguments.trials, DEBUG_TRIALS)
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
     space = cli.SearchSpace(space.name, experiment, space.objectives, space.define)
@@ -181,8 +185,17 @@ def sweep() -> int:
         raise InputError(f"search space {space.name} opens no knob; use python -m orchestrator.run {space.name}")
     outputs = cli.outputs_folder(arguments.outputs)
     experiment.benchmark.check()
+    if arguments.dry_run:
+        before = f"; {arguments.name} goes on" if arguments.name and (outputs / "sweeps" / arguments.name).is_dir() else ""
+        print(f"dry run, nothing is computed: {space.name}, {wanted.trials} trials by {wanted.sampler}{before}")
+        print(f"over {', '.join(knobs)}")
+        tested = ", ".join(split for split in experiment.benchmark.splits() if split.startswith("test"))
+        print(plan_text(experiment, ("val",), outputs / "store", wanted.trials))
+        print(f"then the best configuration alone on {tested}; of a trial's own tasks the store may have more than of the base")
+        return 0
+    name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
-    folder = cli.run_folder(outputs / "sweeps", arguments.name, space.name)
+    folder = cli.run_folder(outputs / "sweeps", name, debug_name(space.name) if arguments.debug else space.name)
     with held(folder, arguments.fresh):
         ledger = Ledger.open(folder, plan_of(space, wanted))
         shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "sweep"))
