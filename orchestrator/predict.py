@@ -136,8 +136,20 @@ def load_model(name: str, outputs: Path, downloads: Path, task: int | None = Non
     if Path(name).is_dir():
         return _read(_only_checkpoint(Path(name), name), name)
     if re.fullmatch("[0-9a-f]{32}", name):
-        key, learned = _network_of_run(_tracker(outputs), name, task)
-        return replace(_of_store(key, outputs), source=f"run {name} after task {learned}")
+        tracker = _tracker(outputs)
+        key, learned = _network_of_run(tracker, name, task)
+        try:
+            found = _of_store(key, outputs)
+        except InputError as error:
+            if task is not None:
+                raise
+            # The store may lie elsewhere or be pruned; a run whose model was logged, that after the last task, has it still.
+            uri = f"runs:/{name}/model"
+            try:
+                found = _read(_only_checkpoint(tracker.download_model(uri, downloads), uri), uri)
+            except InputError:
+                raise error from None
+        return replace(found, source=f"run {name} after task {learned}")
     if re.fullmatch("[0-9a-f]{4,40}", name.removeprefix("networks/")):
         return _of_store(name.removeprefix("networks/"), outputs)
     raise InputError(f"no model {name!r}; give {FORMS}")

@@ -246,11 +246,21 @@ class Tracker:
         """The files of a model, by "models:/NAME/VERSION" or "runs:/ID/PATH", in `folder`. InputError where there is none."""
         try:
             with _quiet_downloads():
-                source = self._source(uri) if uri.startswith("models:/") else uri
+                source = self._source(uri) if uri.startswith("models:/") else self._of_run(uri)
                 return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri))
         except (MlflowException, OSError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
             raise InputError(f"MLflow at {without_password(self.uri)} has no model {uri!r}: {reason}") from error
+
+    def _of_run(self, uri: str) -> str:
+        """Where the model "runs:/ID/NAME" lies: a logged model of this name, or else an artifact of this path."""
+        run_id, _, name = uri.removeprefix("runs:/").partition("/")
+        outputs = self._client.get_run(run_id).outputs
+        for output in (outputs.model_outputs or ()) if outputs else ():
+            model = self._client.get_logged_model(output.model_id)
+            if model.name == name:
+                return str(model.artifact_location)
+        return uri
 
     def _source(self, uri: str) -> str:
         """Where the files of "models:/NAME/VERSION", "models:/NAME@ALIAS" or "models:/ID" lie.

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from mlflow.entities import LoggedModelOutput
 from mlflow.tracking import MlflowClient
 from PIL import Image
 from torch.nn import functional as F
@@ -178,14 +179,34 @@ def test_every_name_of_a_network_leads_to_it(outputs, stream, client, tmp_path, 
     (tmp_path / "model" / "data").mkdir(parents=True)
     for name in (checkpoint.WEIGHTS, checkpoint.ABOUT):
         shutil.copy(last / name, tmp_path / "model" / "data")
-    client.log_artifacts(stream, str(tmp_path / "model"), "model")
+    client.log_artifacts(stream, str(tmp_path / "model"), "plain")
+    logged = client.create_logged_model(client.get_run(stream).info.experiment_id, "model", stream)
+    client.log_model_artifacts(logged.model_id, str(tmp_path / "model"))
+    client.finalize_logged_model(logged.model_id, "READY")
+    client.log_outputs(stream, [LoggedModelOutput(logged.model_id, 1)])
     client.create_registered_model("best")
-    client.create_model_version("best", f"runs:/{stream}/model", stream)
+    client.create_model_version("best", f"models:/{logged.model_id}", stream)
+    client.set_registered_model_alias("best", "champion", "1")
     weights = (last / checkpoint.WEIGHTS).read_bytes()
-    for name in (stream, "models:/best/1", f"runs:/{stream}/model", last.name[:12], f"networks/{last.name}", str(last)):
+    uris = (
+        "models:/best/1",
+        "models:/best@champion",
+        f"models:/{logged.model_id}",
+        f"runs:/{stream}/model",
+        f"runs:/{stream}/plain",
+    )
+    for name in (stream, *uris, last.name[:12], f"networks/{last.name}", str(last)):
         model = predict.load_model(name, outputs, tmp_path / f"downloads {name.replace('/', ' ')}")
         assert (model.checkpoint.weights, model.classes, model.never_learned) == (weights, NAMES, ())
         assert (model.image_size_px, model.frames) == (32, 2)
+    # A store that is elsewhere: the run's own model, which is that after the last task.
+    (outputs / "store").rename(outputs / "elsewhere")
+    try:
+        assert predict.load_model(stream, outputs, tmp_path / "again").checkpoint.weights == weights
+        with pytest.raises(InputError, match="none of this key"):
+            predict.load_model(stream, outputs, tmp_path / "again", task=2)
+    finally:
+        (outputs / "elsewhere").rename(outputs / "store")
     # What it never learned: the classes of the second task.
     first = predict.load_model(stream, outputs, tmp_path, task=1)
     assert (first.names, first.never_learned) == (("background", *NAMES[:2]), NAMES[2:])
