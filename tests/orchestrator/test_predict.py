@@ -185,7 +185,7 @@ def test_every_name_of_a_network_leads_to_it(outputs, stream, client, tmp_path, 
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(stream, [LoggedModelOutput(logged.model_id, 1)])
     client.create_registered_model("best")
-    client.create_model_version("best", f"models:/{logged.model_id}", stream)
+    client.create_model_version("best", logged.artifact_location, stream)
     client.set_registered_model_alias("best", "champion", "1")
     weights = (last / checkpoint.WEIGHTS).read_bytes()
     uris = (
