@@ -29,6 +29,7 @@ from cavs_model.errors import InputError, unknown
 from cavs_model.evaluate import frozen
 from cavs_model.predict import Answer, Shares, answers, phases, second_of_sound
 from cavs_model.types import AUDIO_VISUAL, BACKGROUND, Network
+from cavs_model.untrusted import LARGEST_JSON_BYTES, FaultError, read_bounded, read_json, shown
 from cavs_model.worker import PRECISIONS, arithmetic
 from orchestrator import cli
 from orchestrator.entries import DamagedError, Entries
@@ -177,6 +178,8 @@ def _network_of_run(tracker: Tracker, run: str, task: int | None) -> tuple[str, 
 
 def _of_store(beginning: str, outputs: Path) -> Model:
     """The network of the store whose key begins like this."""
+    if not re.fullmatch("[0-9a-f]{4,40}", beginning):  # a run's record is a file of somebody's
+        raise InputError(f"{shown(beginning)} is no key of a network")
     entries = Entries(outputs / "store")
     keys = sorted(path.name for path in (entries.root / "networks").glob(f"{beginning}*"))
     if len(keys) != 1:
@@ -206,12 +209,12 @@ def _read(folder: Path, source: str) -> Model:
     told = next((path for path in (folder / CLASSES, folder.parent / CLASSES) if path.is_file()), None)
     if told is not None and not (classes and size and frames):
         try:
-            content = json.loads(told.read_text())
+            content = read_json(told)
             listed = content if isinstance(content, list) else content["classes"]
             classes = classes or tuple(name for name in map(str, listed) if name != "background")
             if isinstance(content, dict):
                 size, frames = size or int(content.get("image_size_px", 0)), frames or int(content.get("frames", 0))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (FaultError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"damaged file {told}: {error}") from error
     return Model(checkpoint, classes, size, frames, source)
 
@@ -242,11 +245,16 @@ def _completed(model: Model, arguments: argparse.Namespace) -> Model:
 def _names(text: str) -> tuple[str, ...]:
     """Names between commas, or of a file: lines, a JSON list, or a JSON mapping with "classes"."""
     if Path(text).is_file():
-        text = Path(text).read_text()
         try:
-            content = json.loads(text)
-        except ValueError:
-            content = text.splitlines()
+            lines = read_bounded(text, LARGEST_JSON_BYTES)
+        except FaultError as fault:
+            raise InputError(f"--classes {text} {fault}") from None
+        try:
+            content = json.loads(lines)
+        except (ValueError, RecursionError):
+            content = lines.decode(errors="replace").splitlines()
+        if not isinstance(content, list) and not (isinstance(content, dict) and isinstance(content.get("classes"), list)):
+            raise InputError(f'--classes {text} must hold a name a line, a JSON list, or {{"classes": [...]}}')
         text = ",".join(map(str, content["classes"] if isinstance(content, dict) else content))
     return tuple(name for part in text.split(",") if (name := part.strip()) and name != "background")
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError
+from cavs_model.untrusted import FaultError, read_json
 from orchestrator import cli
 from orchestrator.entries import write_atomically
 from orchestrator.progress import View, clock
@@ -71,7 +72,8 @@ class StatusFile:
         self._beats += 1
         self._written = self.now()
         content = {
-            "kind": self.kind, "name": self.folder.name, "state": state, "error": error, "command": [redacted(part) for part in sys.argv],
+            "kind": self.kind, "name": self.folder.name, "state": state, "error": error,
+            "command": [redacted(part) for part in sys.argv],
             "host": socket.gethostname(), "pid": os.getpid(), "process_began": _began(os.getpid()),
             "begun": self._begun, "beat": time.time(), "beats": self._beats,
             "view": view.plain(), "lines": self._lines,
@@ -178,10 +180,10 @@ def find(name: str, outputs: Path) -> Status:
 def read(path: Path) -> Status:
     """InputError for a file that is none."""
     try:
-        text = json.loads(path.read_text())
+        text = read_json(path)
         found = Status(path, text)
         found.described()
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FaultError, OverflowError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     return found
 

@@ -21,9 +21,10 @@ import soundfile
 from PIL import Image
 from scipy.signal import resample_poly
 
-from cavs_model.datasets.clip_files import FaultError, read_frame, reason
+from cavs_model.datasets.clip_files import read_frame
 from cavs_model.datasets.log_mel import SAMPLE_RATE_HZ
 from cavs_model.errors import InputError
+from cavs_model.untrusted import FaultError, reason
 
 PICTURES = (".png", ".jpg", ".jpeg")
 LARGEST_SIDE_PX = 1280  # larger pictures are scaled down: logits of every class at full size would not fit into memory
