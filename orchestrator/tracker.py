@@ -74,12 +74,13 @@ def record_of(outcome: TaskOutcome) -> Record:
         "bytes": outcome.memory_bytes,
         "hash": fingerprint(rows),
     }
-    learned = outcome.task.num_classes
-    artifacts[f"{folder}/network.json"] = {
-        "entry": f"networks/{Path(outcome.state.checkpoints[AUDIO_VISUAL]).name}",  # in the store
-        "classes": names[1:learned],
-        "not_learned_yet": names[learned:],
-    }
+    if path := outcome.state.checkpoints.get(AUDIO_VISUAL):
+        learned = outcome.task.num_classes
+        artifacts[f"{folder}/network.json"] = {
+            "entry": f"networks/{Path(path).name}",  # in the store
+            "classes": names[1:learned],
+            "not_learned_yet": names[learned:],
+        }
     if not outcome.task.is_base:
         rehearsal = outcome.rehearsal
         artifacts[f"{folder}/collisions.json"] = {
