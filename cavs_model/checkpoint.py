@@ -40,6 +40,9 @@ class About:
 
     `history` holds one record of mean loss terms per epoch; `clips` is how many clip passes the training took, `seconds` its
     wall time and `world_size` its workers: the cost, which later work is planned by.
+
+    `classes` are the benchmark's in the order in which they are learned, those that come after `num_classes` too; with the size
+    and number of the frames they are what a new clip is to be made like. Empty and 0 in checkpoints of earlier versions.
     """
 
     network: str
@@ -49,6 +52,9 @@ class About:
     clips: int = 0
     seconds: float = 0.0
     world_size: int = 1
+    classes: tuple[str, ...] = ()
+    image_size_px: int = 0
+    frames: int = 0
 
 
 @dataclass(frozen=True)

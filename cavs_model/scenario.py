@@ -33,7 +33,7 @@ class Scenario:
 
     setting: str = "16-8"  # classes of the base task - classes of every later one; or the number of all classes
     order: str = "alphabetical"
-    filter: str = "overlapped"
+    filter: str = "overlapped"  # overlapped, disjoint or sequential: which videos a task has, and which labels in them
     order_seed: int = 0
     class_order: tuple[str, ...] = ()
 

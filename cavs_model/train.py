@@ -37,7 +37,7 @@ class Schedule:
     """How long and how fast a task is learned."""
 
     epochs: int = 30  # of every task after the base task
-    base_epochs: int = 30
+    base_epochs: int = 30  # of the base task
     batch_size: int = 16  # clips over all workers
     learning_rate: float = 1e-4  # Adam, without weight decay
     decay: Literal["constant", "cosine"] = "constant"  # of the learning rate over a task, per step
@@ -180,6 +180,9 @@ def train_task(job: TaskJob, worker: Worker) -> None:
             clips=epochs * job.num_samples,
             seconds=resumption.worker_seconds() / worker.world_size,
             world_size=worker.world_size,
+            classes=job.data.learned_order,
+            image_size_px=job.data.benchmark.image_size_px,
+            frames=job.data.benchmark.frames,
         )
         checkpoint.save(Path(job.output), choice.weights or student.state_dict(), about)
 

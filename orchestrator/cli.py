@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from cavs_model.errors import InputError, unknown
+from orchestrator import fields
+from orchestrator.dry_run import debugged
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, Trial, check_types, override, parse_assignments
 from orchestrator.redaction import redacted, redacted_traceback
 from orchestrator.shared import SharedEntries
 
 DEFAULT_SPACE = "cmr_collage"
+FIELDS_TITLE = "fields that --set changes"
 INPUT_ERROR_STATUS = 2
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run
 
@@ -154,7 +157,7 @@ def _loaded(module_name: str, path: Path) -> types.ModuleType:
 
 def parser(verb: str, description: str, several: bool = False) -> argparse.ArgumentParser:
     """The arguments that every verb takes; `several` search spaces or one."""
-    made = argparse.ArgumentParser(prog=f"python -m orchestrator.{verb}", description=description)
+    made = _Parser(prog=f"python -m orchestrator.{verb}", description=description, formatter_class=_Formatter)
     what = "a file of search_spaces/, by name or path"
     if several:
         made.add_argument("space", nargs="+", help=f"{what}; one or more")
@@ -166,6 +169,7 @@ def parser(verb: str, description: str, several: bool = False) -> argparse.Argum
     )  # fmt: skip
     made.add_argument("--outputs", type=Path, default=None, help="folder of all results (CAVS_OUTPUTS, else ./outputs)")
     made.add_argument("--verbose", action="store_true", help="show Ray's own messages too")
+    made.add_argument("--help-fields", action="store_true", help="every field of this space's experiment, and what it means")
     return made
 
 
@@ -185,10 +189,43 @@ def store_of(chosen: str | None, outputs: Path) -> Entries:
     return Entries(Path(os.path.expanduser(place)).absolute() if place else outputs / "store")
 
 
+def add_training(made: argparse.ArgumentParser) -> None:
+    """The arguments of verbs that train."""
+    made.add_argument("--plain", action="store_true", help="progress as lines in a terminal too")
+    made.add_argument("--dry-run", action="store_true", help="say what would be done and what the store has of it; do nothing")
+    made.add_argument("--debug", action="store_true",
+                      help="the whole way in as little as it takes: two clips of a class, one epoch, one seed, under a name "
+                      "that begins with debug")  # fmt: skip
+
+
+class _Formatter(argparse.HelpFormatter):
+    """As wide as the listing of the fields below it, whose lines stay as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith(FIELDS_TITLE) else super()._fill_text(text, width, indent)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Whose help ends with the fields that --set changes, read from the classes only when it is asked for."""
+
+    def format_help(self) -> str:
+        told = f"{FIELDS_TITLE} (of {DEFAULT_SPACE}; --help-fields lists those of your space and --set):"
+        self.epilog = f"{told}\n{fields.text(load_space(DEFAULT_SPACE).base)}"
+        return super().format_help()
+
+
 def experiment_of(arguments: argparse.Namespace) -> tuple[SearchSpace, Experiment]:
     """The space and its experiment with the overrides of the command line."""
     space = load_space(arguments.space)
     experiment = override(space.base, parse_assignments(arguments.assignments))
+    if arguments.help_fields:
+        print(fields.text(experiment))
+        raise SystemExit(0)
+    if getattr(arguments, "debug", False):
+        experiment = debugged(experiment)
     experiment.scenario.tasks(experiment.benchmark)  # an impossible setting or order is told now
     return space, experiment
 

@@ -6,6 +6,7 @@ once. The same command with the same --name goes on where it was cut off, in the
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -30,16 +31,20 @@ from orchestrator.comparison import (
     table_csv,
     values_of,
 )
+from orchestrator.dry_run import Lookup, debug_name, debugged, tasks_done
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
+from orchestrator.fields import text
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
-from orchestrator.store import StoredBackend, write_atomically
+from orchestrator.status import StatusFile
+from orchestrator.store import Reuse, StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tracking_uri
 
 PLAN_FILE = "comparison.json"
@@ -144,18 +149,23 @@ def compare() -> int:
     made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
     cli.add_store(made)
+    cli.add_training(made)
     arguments = made.parse_args()
     spaces = [cli.load_space(name) for name in arguments.space]
     seeds = _numbers(arguments.seeds)
     settings = [part.strip() for part in arguments.setting.split(",") if part.strip()]
     entries = entries_of(spaces, arguments.only, parse_assignments(arguments.assignments))
+    if arguments.help_fields:
+        print(text(next(iter(entries.values()))))
+        return 0
+    if arguments.debug:
+        seeds, entries = seeds[:1], {name: debugged(experiment) for name, experiment in entries.items()}
     reference = arguments.reference or next(iter(entries))
     if reference not in entries:
         raise unknown("--reference", reference, list(entries))
     streams = streams_of(entries, settings, seeds)
     outputs = cli.outputs_folder(arguments.outputs)
     store = cli.store_of(arguments.store, outputs)
-    store.make()
     for experiment in entries.values():
         experiment.benchmark.check()
     benchmark = streams[0].experiment.benchmark
@@ -165,8 +175,14 @@ def compare() -> int:
             raise InputError(
                 f"{stream.entry}: benchmark {stream.experiment.benchmark.name} has no split {sorted(missing)[0]!r}"
             )
+    if arguments.dry_run:
+        tell_plan(streams, splits, store)
+        return 0
+    store.make()
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
-    folder = _folder(outputs / "comparisons", arguments.name, spaces[0].name, arguments.fresh)
+    name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
+    default = debug_name(spaces[0].name) if arguments.debug else spaces[0].name
+    folder = _folder(outputs / "comparisons", name, default, arguments.fresh)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
     ledger = Ledger.open(folder, plan)
     if ledger.parent:
@@ -177,10 +193,30 @@ def compare() -> int:
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.
-    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo))
+    shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "comparison"))
+    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo), renderers=shown, unit="streams")
+    progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
     progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
     job = _Job(tracker, ledger, progress, splits, store)
+    progress.shared = job.shared
+    with progress:
+        failed = _run(arguments, streams, todo, job, outputs, seeds, reference)
+    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
+    return 1 if failed else 0
+
+
+def _run(
+    arguments: argparse.Namespace,
+    streams: Sequence[Stream],
+    todo: Sequence[Stream],
+    job: _Job,
+    outputs: Path,
+    seeds: Sequence[int],
+    reference: str,
+) -> dict[str, str]:
+    """Runs what is left and concludes; the streams that failed, with their errors."""
+    tracker, ledger, progress, splits = job.tracker, job.ledger, job.progress, job.splits
     try:
         if arguments.local:
             with watched(list, progress, progress.heartbeat):
@@ -190,6 +226,7 @@ def compare() -> int:
                 ready(todo[0].experiment, outputs, cluster)
                 fits = min(cluster.concurrent_jobs(stream.experiment.resources) for stream in todo)
                 progress.line(f"{cluster.describe()}; {fits} streams at a time")
+                progress.where += cluster.where
                 mailbox = new_mailbox()
 
                 def on_ray(stream: Stream) -> Backend:
@@ -199,6 +236,7 @@ def compare() -> int:
                     failed = job.run(todo, on_ray, fits)
         else:
             failed = {}
+        progress.rest()
         conclude(streams, ledger, failed, seeds, reference, splits, tracker)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
@@ -206,8 +244,7 @@ def compare() -> int:
         tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
         raise
     tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
-    print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
-    return 1 if failed else 0
+    return failed
 
 
 @dataclass
@@ -222,6 +259,11 @@ class _Job:
     _open: set[str] = field(default_factory=set)  # names of the streams that run
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _reuses: list[Reuse] = field(default_factory=list)  # of the streams begun
+
+    def shared(self) -> str:
+        """What all streams computed and what the store had."""
+        return sum(list(self._reuses), Reuse()).describe()
 
     def run(self, todo: Sequence[Stream], backend: Callable[[Stream], Backend], at_once: int) -> dict[str, str]:
         """Runs the streams; the name of every one that failed, with its error. The others go on.
@@ -269,6 +311,7 @@ class _Job:
             stored = StoredBackend(
                 backend(stream), self.store, user=f"comparison/{self.ledger.folder.name}", on_damage=self.progress.line
             )
+            self._reuses.append(stored.reuse)
             outcomes = []
             for outcome in run_stream(
                 stream.experiment, stream.seed, stored, self.splits, label=f"{stream.entry} {stream.setting} "
@@ -289,7 +332,8 @@ class _Job:
                 failure = redacted(f"{type(error).__name__}: {error}")[:4000]
                 self.tracker.tag(self.ledger.runs[stream.name], {"failure": failure})
                 self._end(stream, "FAILED")
-            self.progress({"kind": "trial", "text": f"failed: {type(error).__name__}: {error}", **label})
+            text = f"failed: {type(error).__name__}: {error}"
+            self.progress({"kind": "trial", "status": "FAILED", "text": text, **label})
             raise
 
     def _begin(self, stream: Stream) -> None:
@@ -315,6 +359,17 @@ class _Job:
             if self._stopped:
                 raise RuntimeError("the comparison was stopped")
             yield
+
+
+def tell_plan(streams: Sequence[Stream], splits: Sequence[str], store: Entries) -> None:
+    """Prints what would be run: every stream with its work and the tasks that the store has."""
+    work = mean_work(streams) * len(streams)
+    print(f"dry run, nothing is computed: {len(streams)} streams, {work:.0f} clip passes; tested on {', '.join(splits)}")
+    for stream in streams:
+        count, absent = tasks_done(stream.experiment, stream.seed, splits, Lookup(store))
+        first = f"; the first that is missing: {absent}" if absent else ""
+        total = len(planned_work(stream.experiment))
+        print(f"  {stream.name}: the store has {count} of {total} tasks{first}")
 
 
 def mean_work(streams: Sequence[Stream]) -> float:

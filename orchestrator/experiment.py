@@ -38,7 +38,7 @@ class Resources:
     """What one training job of one network asks of the cluster. Never changes the result."""
 
     workers: int = 1  # data-parallel processes
-    cpus_per_worker: int = 1
+    cpus_per_worker: int = 1  # threads of each
     gpus_per_worker: float = 0.0  # may be a fraction; 0 trains on CPU
 
     def __post_init__(self) -> None:
@@ -62,9 +62,9 @@ class Experiment:
     precision: Precision = "auto"  # bf16 where the hardware has it
     per_frame: bool = False  # means over frames too, as AVSBench has them: a second pass over every split evaluated
     seeds: tuple[int, ...] = (0,)  # one stream each
-    init_seed: int | None = None  # None: the stream's seed, here and in the next two
-    data_seed: int | None = None
-    memory_seed: int | None = None
+    init_seed: int | None = None  # of new layers' weights; none: the stream's seed, here and in the next two
+    data_seed: int | None = None  # of the order of the samples
+    memory_seed: int | None = None  # of what is drawn for and from the memory
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:

@@ -81,7 +81,7 @@ class Ledger:
         plan = json.loads(json.dumps(plan))  # as it will be read again
         path = folder / LEDGER_FILE
         if not path.exists():
-            if any(entry.name != LOCK_FILE for entry in folder.iterdir()):
+            if any(entry.name not in (LOCK_FILE, "status.json") for entry in folder.iterdir()):
                 raise InputError(f"{folder} is there and holds no {LEDGER_FILE}; choose another --name, or use --fresh")
             return Ledger(folder, plan)
         try:

@@ -1,4 +1,7 @@
-"""Progress in plain lines with an estimate of what is left. Watches events; never part of a result.
+"""Progress with an estimate of what is left. Watches events; never part of a result.
+
+`Progress` knows how far everything is and hands it to its renderers: `Lines` prints plain lines, terminal.py draws a panel,
+status.py keeps a file that `python -m orchestrator.status` reads.
 
 Events are mappings with a "kind": "steps" and "epoch" (from training), "note" (anything worth a line), "task" (a trial's stream
 finished a task) and "trial" (a trial ended).
@@ -8,10 +11,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TextIO
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any, Protocol, TextIO
 
 from cavs_model.train import TEACHER_COST
 from orchestrator.experiment import Experiment
@@ -70,11 +74,86 @@ class BlockNotes:
             )
 
 
+@dataclass(frozen=True)
+class Fit:
+    """A network that is being trained: what its last event said."""
+
+    label: str
+    epoch: int
+    epochs: int
+    loss: float | None
+    clips_per_second: float
+
+
+@dataclass(frozen=True)
+class View:
+    """How far everything is, in plain values."""
+
+    seconds: float  # since the start
+    seconds_left: float | None  # None before anything is known
+    unit: str  # what the trials are called: a comparison has streams
+    trials: int  # 1 for a run
+    finished: int
+    failed: int
+    tasks: int  # of all trials and seeds, base tasks of a seed once
+    tasks_done: int
+    seeds: int
+    best: float | None
+    fits: tuple[Fit, ...] = ()
+    shared: str = ""  # what did not have to be computed
+    where: tuple[str, ...] = ()  # where to look
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+
+class Renderer(Protocol):
+    """Who shows progress. Called by one thread at a time."""
+
+    def line(self, text: str) -> None:
+        """Something happened."""
+
+    def beat(self, text: str) -> None:
+        """A sign of life, at most every few seconds, for who has nothing but lines."""
+
+    def show(self, view: View) -> None:
+        """How far everything is now; twice a second and more."""
+
+    def rest(self) -> None:
+        """Nothing happens for a while, and others print."""
+
+    def close(self, view: View, error: BaseException | None) -> None:
+        """The end, and by what error if by one. Nothing is called afterwards."""
+
+
+@dataclass
+class Lines:
+    """The renderer for logs and jobs."""
+
+    out: TextIO
+
+    def line(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    beat = line
+
+    def show(self, view: View) -> None:
+        """Lines say it."""
+
+    def rest(self) -> None:
+        """Lines are in nobody's way."""
+
+    def close(self, view: View, error: BaseException | None) -> None:
+        """Lines need no end."""
+
+
 @dataclass
 class Progress:
-    """Prints events as lines and estimates the time left from the work done and still to be done.
+    """Hands events to its renderers as lines and estimates the time left from the work done and still to be done.
 
-    `plan` is planned_work of one stream; the base task is counted once per seed, later tasks once per trial and seed.
+    `plan` is planned_work of one stream; the base task is counted once per seed, later tasks once per trial and seed. A
+    context manager: at its end the renderers are closed. Threads may share it.
     """
 
     out: TextIO
@@ -86,28 +165,52 @@ class Progress:
     finished: int = 0
     best: float | None = None
     started: float = 0.0
+    renderers: Sequence[Renderer] = ()  # Lines on `out` by default
+    where: tuple[str, ...] = ()
+    shared: Callable[[], str] = str  # what did not have to be computed, in words
+    failed: int = 0
+    unit: str = "trials"
     _last_line: float = 0.0
     _working_since: float = 0.0
     _done: float = 0.0
     _running: dict[str, float] = field(default_factory=dict)  # label of a fit -> work done, until its task is finished
     _tasks: set[tuple[int, int, int]] = field(default_factory=set)
+    _fits: dict[str, Fit] = field(default_factory=dict)  # by label, as _running
+    _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
 
     def __post_init__(self) -> None:
         self.started = self._last_line = self.now()
+        self.renderers = self.renderers or (Lines(self.out),)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            for renderer in self.renderers:
+                renderer.close(self.view(), error)
 
     def __call__(self, event: Event) -> None:
         """Takes an event and prints a line where one is due."""
+        with self._lock:
+            self._take(event)
+            self._show()
+
+    def _take(self, event: Event) -> None:
         kind = event["kind"]
         if kind in ("steps", "epoch"):
             if not self._done:
                 self._working_since = self.now() - event["seconds"]
             self._done += event["work"]
             self._running[event["label"]] = self._running.get(event["label"], 0.0) + event["work"]
+            before = self._fits.get(event["label"])
+            loss = event.get("loss", before.loss if before else None)
+            self._fits[event["label"]] = Fit(event["label"], event["epoch"], event["epochs"], loss, event["clips_per_second"])
             pause = LINE_SECONDS if kind == "epoch" else STEPS_LINE_SECONDS
             if self.now() - self._last_line >= pause:
                 loss = f" loss {event['loss']:.4f}" if "loss" in event else ""
                 place = f"{event['label']} epoch {event['epoch']}/{event['epochs']}{loss}"
-                self.line(f"{place} {event['clips_per_second']:.0f} clips/s | {self.state()}")
+                self._tell(f"{place} {event['clips_per_second']:.0f} clips/s | {self.state()}", beat=True)
         elif kind == "task":
             self._tasks.add((0 if event["task"] == 0 else event["trial"], event["seed"], event["task"]))
             place = f"seed {event['seed']} task {event['task'] + 1}/"
@@ -115,6 +218,7 @@ class Progress:
             self.line(f"{event['label']}: {event['text']} | {self.state()}")
         elif kind == "trial":
             self.finished += 1
+            self.failed += event.get("status") == "FAILED"
             # What a trial that failed or was stopped leaves undone is no longer to be done.
             for seed in self.seeds:
                 self._tasks.update((event["trial"], seed, task) for task in range(1, len(self.plan)))
@@ -128,9 +232,11 @@ class Progress:
             self.line(str(event["text"]))
 
     def heartbeat(self) -> None:
-        """Prints the state where nothing was printed for a while."""
-        if self.now() - self._last_line >= HEARTBEAT_SECONDS:
-            self.line(self.state())
+        """Shows the state, in a line where there was none for a while."""
+        with self._lock:
+            if self.now() - self._last_line >= HEARTBEAT_SECONDS:
+                self._tell(self.state(), beat=True)
+            self._show()
 
     def state(self) -> str:
         """How many trials are done, the best value, and the time left."""
@@ -163,11 +269,47 @@ class Progress:
     def _forget(self, ended: Callable[[str], bool]) -> None:
         """Drops fits from those that run: their work is no longer part of the plan."""
         self._running = {label: work for label, work in self._running.items() if not ended(label)}
+        self._fits = {label: fit for label, fit in self._fits.items() if label in self._running}
+
+    def rest(self) -> None:
+        """Clears the way for what others print."""
+        with self._lock:
+            for renderer in self.renderers:
+                renderer.rest()
+
+    def view(self) -> View:
+        """How far everything is."""
+        seeds, later = len(self.seeds), max(0, len(self.plan) - 1)
+        return View(
+            seconds=self.now() - self.started,
+            seconds_left=self.seconds_left(),
+            unit=self.unit,
+            trials=self.trials,
+            finished=self.finished,
+            failed=self.failed,
+            tasks=seeds * (bool(self.plan[0]) + later * self.trials),
+            tasks_done=len(self._tasks),
+            seeds=seeds,
+            best=self.best,
+            fits=tuple(self._fits.values()),
+            shared=self.shared(),
+            where=self.where,
+        )
 
     def line(self, text: str) -> None:
         """Prints a line with the time since the start."""
+        with self._lock:
+            self._tell(text)
+
+    def _tell(self, text: str, beat: bool = False) -> None:
         self._last_line = self.now()
-        print(f"[{clock(self._last_line - self.started)}] {redacted(text)}", file=self.out, flush=True)
+        for renderer in self.renderers:
+            (renderer.beat if beat else renderer.line)(f"[{clock(self._last_line - self.started)}] {redacted(text)}")
+
+    def _show(self) -> None:
+        view = self.view()
+        for renderer in self.renderers:
+            renderer.show(view)
 
 
 @contextmanager

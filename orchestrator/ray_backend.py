@@ -74,6 +74,11 @@ class Cluster:
         dashboard = f", dashboard http://{self.dashboard}" if self.dashboard else ""
         return f"{kind} ({self.cpus:g} CPUs, {self.gpus:g} GPUs{dashboard})"
 
+    @property
+    def where(self) -> tuple[str, ...]:
+        """Where to look at it."""
+        return (f"Ray: http://{self.dashboard}",) if self.dashboard else ()
+
     def concurrent_jobs(self, resources: Resources) -> int:
         """Training jobs that fit at once. InputError that names the limiting resource where not even one does."""
         needs = {

@@ -18,7 +18,7 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,24 +27,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from cavs_model import checkpoint
 from cavs_model.checkpoint import About
-from cavs_model.datasets.base import Benchmark, Clips
+from cavs_model.datasets.base import Clips
 from cavs_model.datasets.cache import BLOCK_CLIPS, feature_type, missing_blocks, record_type
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
 from cavs_model.errors import InputError
-from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob
 from cavs_model.networks.av_segmenter import NetworkConfig, build, check_weights
 from cavs_model.networks.vggish import AUDIO_DIM, feature_name
-from cavs_model.train import TaskJob
-from cavs_model.types import AUDIO_VISUAL, Batch, ScoreTable
+from cavs_model.types import AUDIO_VISUAL, Batch
 from cavs_model.worker import arithmetic, device_for
+from orchestrator.dry_run import Lookup, tasks_done
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Resources
 from orchestrator.progress import clock, planned_work
 from orchestrator.ray_backend import SCORING_SPEEDUP, Cluster, Node, in_a_worker, nodes, on_every_node
-from orchestrator.store import StoredBackend, code_version
-from orchestrator.stream import Backend, run_stream
+from orchestrator.store import code_version
 from orchestrator.tracker import Tracker, tracking_uri
 
 PACKAGES = ("ray", "torch", "mlflow", "optuna")
@@ -341,62 +338,13 @@ def network_bytes(config: NetworkConfig, num_classes: int) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
 
 
-class _NotThereError(Exception):
-    """An outcome is not in the store, or another process is just computing it."""
-
-
-@dataclass
-class _Walk:
-    """A stream's backend that computes nothing: it finds what the store has, and ends the stream where that ends."""
-
-    store: StoredBackend
-    trained: list[About] = field(default_factory=list)
-
-    def prepare(self, benchmark: Benchmark, splits: Sequence[str], audio_weights: str | None = None) -> str:
-        return ""
-
-    def train(self, jobs: Sequence[TaskJob]) -> list[str]:
-        paths = self.store.train(jobs)
-        self.trained += [self.about(path) for path in paths]
-        return paths
-
-    def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
-        return self.store.score(job, checkpoints)
-
-    def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
-        return self.store.consolidate(job, checkpoint, previous)
-
-    def evaluate(self, job: EvaluateJob, checkpoint: str) -> np.ndarray:
-        return np.zeros((job.num_classes, job.num_classes), np.int64)  # nobody looks, and nothing follows from it
-
-    def about(self, checkpoint_path: str) -> About:
-        return checkpoint.read_about(Path(checkpoint_path))
-
-
-class _Nothing:
-    """A backend that has nothing and computes nothing."""
-
-    def __getattr__(self, verb: str) -> Callable[..., Any]:
-        def refuse(*_: Any) -> Any:
-            raise _NotThereError(verb)
-
-        return refuse
-
-
-def in_store(experiment: Experiment, store: Entries | Path, told: Callable[[str], None]) -> list[list[About]]:
+def in_store(experiment: Experiment, store: Entries, told: Callable[[str], None]) -> list[list[About]]:
     """Per seed the networks of the experiment's stream that the store has, in order, up to the first that is missing."""
-
-    def busy(label: str) -> None:
-        raise _NotThereError(label)
-
-    backend: Backend = _Nothing()  # every verb, by __getattr__
     found = []
     for seed in experiment.seeds:
-        walk = _Walk(StoredBackend(backend, store, on_wait=busy, on_damage=told))
-        with suppress(_NotThereError):
-            for _ in run_stream(replace(experiment, per_frame=False), seed, walk, splits=()):
-                pass
-        found.append(walk.trained)
+        lookup = Lookup(store, told)
+        tasks_done(replace(experiment, per_frame=False), seed, (), lookup)
+        found.append(lookup.trained)
     return found
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from orchestrator import cli
+from orchestrator.dry_run import debug_name, plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.status import run_status
 from orchestrator.store import StoredBackend
 from orchestrator.stream import Backend, run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tracking_uri
 
 
@@ -25,20 +30,42 @@ def run() -> int:
     )
     made.add_argument("--local", action="store_true", help="in this process, without Ray")
     cli.add_store(made)
+    cli.add_training(made)
     arguments = made.parse_args()
     _, experiment = cli.experiment_of(arguments)
     outputs = cli.outputs_folder(arguments.outputs)
     entries = cli.store_of(arguments.store, outputs)
-    entries.make()
     experiment.benchmark.check()
-    tracking = tracking_uri(outputs)
-    tracker = Tracker(tracking, outputs / "artifacts")
     splits = [
         split for split in experiment.benchmark.splits() if split == "val" or (arguments.test and split.startswith("test"))
     ]
-    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1)
+    if arguments.dry_run:
+        print(f"dry run, nothing is computed\n{plan_text(experiment, splits, entries)}")
+        return 0
+    entries.make()
+    tracking = tracking_uri(outputs)
+    tracker = Tracker(tracking, outputs / "artifacts")
     name = arguments.name or f"{file_name(experiment.method)} {experiment.benchmark.name} {experiment.scenario.setting}"
+    name = debug_name(name) if arguments.debug else name
+    shown = (renderer(sys.stdout, name, arguments.plain), run_status(outputs, name))
+    progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1, renderers=shown)
+    progress.where = (f"MLflow: {tracker.open_hint}",)
+    with progress:
+        _run(arguments, experiment, splits, outputs, entries, tracker, progress, name)
+    print(f"MLflow: {tracker.open_hint}", flush=True)
+    return 0
 
+
+def _run(
+    arguments: argparse.Namespace,
+    experiment: Experiment,
+    splits: Sequence[str],
+    outputs: Path,
+    entries: Entries,
+    tracker: Tracker,
+    progress: Progress,
+    name: str,
+) -> None:
     if arguments.local:
         backend = LocalBackend(outputs / "data", experiment.resources, progress)
         with watched(list, progress, progress.heartbeat):
@@ -46,12 +73,12 @@ def run() -> int:
     else:
         with connected(arguments.verbose) as cluster:
             progress.line(cluster.describe())
+            progress.where += cluster.where
             cluster.concurrent_jobs(experiment.resources)
             on_ray = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
             with watched(lambda: drain(on_ray.mailbox), progress, progress.heartbeat):
                 _streams(experiment, splits, on_ray, entries, tracker, progress, name)
-    print(f"MLflow: {tracker.open_hint}", flush=True)
-    return 0
+    progress({"kind": "trial", "trial": 1, "label": name, "text": "done"})
 
 
 def _streams(
@@ -70,6 +97,7 @@ def _streams(
         user=f"run/{name}",
         on_damage=progress.line,
     )
+    progress.shared = store.reuse.describe
     for seed in experiment.seeds:
         run_id = tracker.stream(experiment, seed, f"{name} seed {seed}")
         try:

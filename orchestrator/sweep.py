@@ -19,6 +19,7 @@ from typing import Any
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import check_weights
 from orchestrator import cli
+from orchestrator.dry_run import DEBUG_TRIALS, debug_name, plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, flatten, override, plain
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
@@ -27,8 +28,10 @@ from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
 from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
+from orchestrator.status import StatusFile
 from orchestrator.store import StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
+from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tags_of, tracking_uri
 
 
@@ -171,7 +174,10 @@ def sweep() -> int:
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
     cli.add_store(made)
+    cli.add_training(made)
     arguments = made.parse_args()
+    if arguments.debug:
+        arguments.trials = min(arguments.trials, DEBUG_TRIALS)
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
     space = cli.SearchSpace(space.name, experiment, space.objectives, space.define)
@@ -182,16 +188,30 @@ def sweep() -> int:
         raise InputError(f"search space {space.name} opens no knob; use python -m orchestrator.run {space.name}")
     outputs = cli.outputs_folder(arguments.outputs)
     entries = cli.store_of(arguments.store, outputs)
-    entries.make()
     experiment.benchmark.check()
+    if arguments.dry_run:
+        before = f"; {arguments.name} goes on" if arguments.name and (outputs / "sweeps" / arguments.name).is_dir() else ""
+        print(f"dry run, nothing is computed: {space.name}, {wanted.trials} trials by {wanted.sampler}{before}")
+        print(f"over {', '.join(knobs)}")
+        tested = ", ".join(split for split in experiment.benchmark.splits() if split.startswith("test"))
+        print(plan_text(experiment, ("val",), entries, wanted.trials))
+        print(f"then the best configuration alone on {tested}; of a trial's own tasks the store may have more than of the base")
+        return 0
+    entries.make()
+    name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
-    folder = cli.run_folder(outputs / "sweeps", arguments.name, space.name)
+    folder = cli.run_folder(outputs / "sweeps", name, debug_name(space.name) if arguments.debug else space.name)
     with held(folder, arguments.fresh):
         ledger = Ledger.open(folder, plan_of(space, wanted))
-        progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, space.objectives[0].mode)
-        progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
-        progress.line(f"MLflow: {tracker.open_hint}")
-        failed = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress).run(arguments.verbose)
+        shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "sweep"))
+        mode = space.objectives[0].mode
+        progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, wanted.trials, mode, renderers=shown)
+        progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
+        progress.shared = lambda: shared_by(ledger.trials)
+        with progress:
+            progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
+            progress.line(f"MLflow: {tracker.open_hint}")
+            failed = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress).run(arguments.verbose)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -260,9 +280,11 @@ class _Sweep:
                 ready(self.space.base, self.outputs, cluster)
                 concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
                 self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
+                self.progress.where += cluster.where
                 reason = self._compute(concurrency)
         else:
             self._begin()
+        self.progress.rest()
         try:
             failed = conclude(self.space.objectives, ledger, self.tracker, reason)
         except BaseException:
@@ -396,9 +418,7 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
     why = reason or f"all {len(ledger.trials)} trials were run"
     more = f"; {stopped} trials were stopped between tasks, a larger budget goes on with them" if stopped else ""
     print(f"the search ended: {why}{more}", flush=True)
-    reused = sum(float(trial.metrics.get("reused_worker_seconds", 0)) for trial in ledger.trials.values())
-    computed = sum(float(trial.metrics.get(COMPUTED, 0)) for trial in ledger.trials.values())
-    print(f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused", flush=True)
+    print(shared_by(ledger.trials), flush=True)
     tracker.tag(ledger.parent, {"ended": why})
     if len(objectives) > 1:
         front = pareto_front(ended, objectives)
@@ -417,6 +437,13 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
         shown = " ".join(f"--set {name}={setting}" for name, setting in config.items())
         print(f"best: {metrics[0]} {value:.4f} with {shown}", flush=True)
     return any(trial.state == "FAILED" for trial in ended.values())
+
+
+def shared_by(trials: Mapping[int, Trial]) -> str:
+    """What the trials computed and what the store had of it, in worker-seconds."""
+    reports = [trial.metrics for trial in list(trials.values())]
+    reused, computed = (sum(float(metrics.get(name, 0)) for metrics in reports) for name in ("reused_worker_seconds", COMPUTED))
+    return f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused"
 
 
 def _keep(ledger: Ledger, tracker: Tracker, name: str, content: str) -> None:

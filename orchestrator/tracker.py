@@ -12,12 +12,14 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
@@ -26,6 +28,7 @@ from torch import Tensor
 
 from cavs_model.errors import InputError
 from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
+from cavs_model.types import AUDIO_VISUAL
 from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
 from orchestrator.redaction import redacted
 from orchestrator.stream import TaskOutcome
@@ -74,6 +77,13 @@ def record_of(outcome: TaskOutcome) -> Record:
         "bytes": outcome.memory_bytes,
         "hash": fingerprint(rows),
     }
+    if path := outcome.state.checkpoints.get(AUDIO_VISUAL):
+        learned = outcome.task.num_classes
+        artifacts[f"{folder}/network.json"] = {
+            "entry": f"networks/{Path(path).name}",  # in the store
+            "classes": names[1:learned],
+            "not_learned_yet": names[learned:],
+        }
     if not outcome.task.is_base:
         rehearsal = outcome.rehearsal
         artifacts[f"{folder}/collisions.json"] = {
@@ -229,6 +239,74 @@ class Tracker:
                 f"MLflow at {without_password(self.uri)} has no run {run_id}, which is to go on: {error}"
             ) from error
 
+    # What `predict` reads.
+
+    def tags(self, run_id: str) -> dict[str, str]:
+        """A run's tags. InputError where there is no such run."""
+        try:
+            return dict(self._client.get_run(run_id).data.tags)
+        except MlflowException as error:
+            raise InputError(f"MLflow at {without_password(self.uri)} has no run {run_id!r}") from error
+
+    def streams_below(self, run_id: str) -> dict[str, str]:
+        """Id -> name of the streams below a sweep, a trial or a comparison."""
+        children = self._client.search_runs([self.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+        found: dict[str, str] = {}
+        for child in reversed(children):  # MLflow's order is the newest first
+            if child.data.tags.get("kind") == "stream":
+                found[child.info.run_id] = child.info.run_name
+            else:
+                found |= self.streams_below(child.info.run_id)
+        return found
+
+    def networks_of(self, run_id: str) -> dict[int, str]:
+        """Task, from 0 -> the store's address of the audio-visual network after it, "networks/KEY", as far as a stream came."""
+        found = {}
+        for item in self._client.list_artifacts(run_id):
+            number = item.path.removeprefix("task_")
+            path = f"{item.path}/network.json"
+            if number.isdecimal() and path in {inner.path for inner in self._client.list_artifacts(run_id, item.path)}:
+                with _quiet_downloads(), TemporaryDirectory() as folder:
+                    text = Path(self._client.download_artifacts(run_id, path, folder)).read_text()
+                found[int(number)] = str(json.loads(text)["entry"])
+        return found
+
+    def download_model(self, uri: str, folder: Path) -> Path:
+        """The files of a model, by "models:/NAME/VERSION" or "runs:/ID/PATH", in `folder`. InputError where there is none."""
+        try:
+            with _quiet_downloads():
+                source = self._source(uri) if uri.startswith("models:/") else self._of_run(uri)
+                return Path(download_artifacts(artifact_uri=source, dst_path=str(folder), tracking_uri=self.uri))
+        except (MlflowException, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            raise InputError(f"MLflow at {without_password(self.uri)} has no model {uri!r}: {reason}") from error
+
+    def _of_run(self, uri: str) -> str:
+        """Where the model "runs:/ID/NAME" lies: a logged model of this name, or else an artifact of this path."""
+        run_id, _, name = uri.removeprefix("runs:/").partition("/")
+        outputs = self._client.get_run(run_id).outputs
+        for output in (outputs.model_outputs or ()) if outputs else ():
+            model = self._client.get_logged_model(output.model_id)
+            if model.name == name:
+                return str(model.artifact_location)
+        return uri
+
+    def _source(self, uri: str) -> str:
+        """Where the files of "models:/NAME/VERSION", "models:/NAME@ALIAS" or "models:/ID" lie.
+
+        MLflow's own way there asks the process's registry, whatever store is named.
+        """
+        name, slash, version = uri.removeprefix("models:/").rpartition("/")
+        if slash:
+            uri = self._client.get_model_version_download_uri(name, version)
+        elif "@" in version:
+            name, _, alias = version.rpartition("@")
+            found = self._client.get_model_version_by_alias(name, alias)
+            uri = self._client.get_model_version_download_uri(name, found.version)
+        if uri.startswith("models:/"):
+            return str(self._client.get_logged_model(uri.removeprefix("models:/")).artifact_location)
+        return uri
+
     def end(self, run_id: str, status: str = "FINISHED") -> None:
         """Ends a run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status)
@@ -300,10 +378,19 @@ def _text(value: Any) -> str:
     return text[:PARAM_CHARACTERS]
 
 
-@contextmanager
-def _patience() -> Iterator[None]:
+def _patience() -> AbstractContextManager[None]:
     """Few retries while the store is probed: an unreachable server is told within seconds, not minutes."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    return _environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"})
+
+
+def _quiet_downloads() -> AbstractContextManager[None]:
+    """No bar on stderr for each file."""
+    return _environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"})
+
+
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables set, and as they were afterwards."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -99,13 +99,14 @@ class AVSBench(VideoFolder):
     Videos in which nothing that sounds is seen have no classes: they are never learned from, and count in the other splits.
     """
 
-    subset: Subset = "ci"
+    subset: Subset = "ci"  # ci: all; cis: the videos with a single source, cim: those with several
 
     def __post_init__(self) -> None:
         if self.subset not in get_args(Subset):
             raise unknown("AVSBench.subset", self.subset, get_args(Subset))
         require(self, "frames", 1, max(SECONDS.values()))
         require(self, "image_size_px", 16, 1024)
+        require(self, "clips_per_class", 0)
 
     @property
     def name(self) -> str:

@@ -80,13 +80,14 @@ class AVSBenchObject(VideoFolder):
     """One subset of AVSBench-object in a folder of the user's. InputError for an unknown subset and numbers out of range."""
 
     frames: int = SECONDS
-    subset: Subset = "s4"
+    subset: Subset = "s4"  # s4: a single source, ms3: several
 
     def __post_init__(self) -> None:
         if self.subset not in get_args(Subset):
             raise unknown("AVSBenchObject.subset", self.subset, get_args(Subset))
         require(self, "frames", 1, SECONDS)
         require(self, "image_size_px", 16, 1024)
+        require(self, "clips_per_class", 0)
 
     @property
     def name(self) -> str:

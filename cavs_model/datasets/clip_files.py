@@ -16,6 +16,7 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class VideoFolder(Benchmark):
     frames: int = 10
     image_size_px: int = 224
     quarantine: str | None = None  # absolute path of a file that `write_quarantine` wrote: every row with its uids is left out
+    clips_per_class: int = 0  # of a split at most, the first ones of the table; 0 is all: for debugging
 
     @property
     @abstractmethod
@@ -436,7 +438,19 @@ def _usable(benchmark: VideoFolder, stamp: tuple[int, int], quarantine_stamp: tu
     for video in kept:
         if video.faults:
             raise InputError(f"{benchmark._place(video)}: {video.faults[0]}; {_ADVICE}")
-    return tuple(video for video in kept if benchmark.includes(video))
+    included = tuple(video for video in kept if benchmark.includes(video))
+    return _few(included, benchmark.clips_per_class) if benchmark.clips_per_class else included
+
+
+def _few(videos: Sequence[Video], clips_per_class: int) -> tuple[Video, ...]:
+    """The first videos by which every class of a split has so many, as far as there are."""
+    counts: Counter[tuple[str, int]] = Counter()
+    chosen = []
+    for video in videos:
+        if any(counts[video.split, class_id] < clips_per_class for class_id in video.classes):
+            chosen.append(video)
+            counts.update((video.split, class_id) for class_id in video.classes)
+    return tuple(chosen)
 
 
 @lru_cache(maxsize=8)
@@ -458,6 +472,7 @@ def _fingerprint(benchmark: VideoFolder, stamp: tuple[int, int], quarantine_stam
             "left_out": left_out,
             "frames": benchmark.frames,
             "image_size_px": benchmark.image_size_px,
+            **({"clips_per_class": benchmark.clips_per_class} if benchmark.clips_per_class else {}),
         }
     )
 

@@ -116,13 +116,13 @@ class Collage(Benchmark):
     training sources ("val-seen-..."), so that choosing by them favours neither test set.
     """
 
-    subset: str = "both"
+    subset: str = "both"  # both, or only clips with a "single" sounding object or with several: "multi"
     frames: int = 2
     image_size_px: int = 96
-    train_clips: int = 1440
-    val_clips: int = 240
+    train_clips: int = 1440  # at least one of each class
+    val_clips: int = 240  # half from sources of its own, half from those of training
     test_clips: int = 240  # in each of the two test splits
-    seed: int = 0
+    seed: int = 0  # of all that is drawn: who is in a scene, where, and what it sounds like
     pack: str | None = None  # folder of another pack of the same layout; None is the shipped one
 
     def __post_init__(self) -> None:

@@ -34,12 +34,12 @@ class Tones(Benchmark):
     """
 
     num_classes: int = 4  # at most 12
-    train_clips: int = 32
-    val_clips: int = 16
-    test_clips: int = 16
+    train_clips: int = 32  # of each split at least one of each class
+    val_clips: int = 16  # as train_clips
+    test_clips: int = 16  # as train_clips
     frames: int = 2
     image_size_px: int = 32
-    seed: int = 0
+    seed: int = 0  # of all that is drawn
     short_clips: bool = False
     first_frame_only: bool = False
 

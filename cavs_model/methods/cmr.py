@@ -62,9 +62,13 @@ class CMR(RehearsalMethod):
     selection: Literal["mss", "random", "largest", "mixed"] = knob(  # paper: mss; the others are its ablations
         "mss", acts="remember", choices=("mss", "random", "largest", "mixed")
     )
-    delta: Literal["mean", "sum_released"] = knob("mean", acts="score_after", choices=("mean", "sum_released"))
+    delta: Literal["mean", "sum_released"] = knob(  # of mean IoUs; sum_released: of their sums, as the code
+        "mean", acts="score_after", choices=("mean", "sum_released")
+    )
 
-    resampling: Literal["add", "replace", "off"] = knob("add", acts="rehearse", choices=("add", "replace", "off"))
+    resampling: Literal["add", "replace", "off"] = knob(  # of rows drawn by CSR: beside the others or in their place
+        "add", acts="rehearse", choices=("add", "replace", "off")
+    )
     resampling_ratio: float = knob(0.2, acts="rehearse", at_least=0, at_most=1)  # share of the memory's rows; paper: 0.2
     resample_by: Literal["collision", "uniform"] = knob(  # paper: collision; uniform over classes is the ablation
         "collision", acts="rehearse", choices=("collision", "uniform")

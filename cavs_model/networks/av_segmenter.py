@@ -37,13 +37,13 @@ class NetworkConfig:
     InputError for sizes that make no network. Encoder names and weight files are checked when the network is built.
     """
 
-    visual_encoder: str = "efficientnet_lite0"
+    visual_encoder: str = "efficientnet_lite0"  # or resnet50, pvt_v2_b5 (needs timm), tiny (for tests)
     visual_weights: str = "imagenet"  # "imagenet", "none" (random) or the path of a state_dict
-    audio_encoder: str = "log_mel_cnn"
+    audio_encoder: str = "log_mel_cnn"  # or vggish (never trained), tiny (for tests)
     audio_weights: str = "none"  # of vggish alone, which is never trained: the path of its state_dict, "none" is random
-    audio_dim: int = 128
+    audio_dim: int = 128  # numbers that stand for a second of sound
     width: int = 64  # channels of the fused maps and of the decoder
-    dilations: tuple[int, ...] = (3, 6, 12, 18)
+    dilations: tuple[int, ...] = (3, 6, 12, 18)  # of the parallel convolutions that reduce each map
     modalities: Modalities = "both"  # what the audio-visual network perceives
 
     def __post_init__(self) -> None:

@@ -686,3 +686,15 @@ def test_malformed_rows_are_told_and_never_anything_else(tmp_path):
     assert outcomes["header"] > 3
     assert outcomes["fault"] > 200
     assert outcomes["fine"] > 3
+
+
+def test_a_few_of_each_class_are_the_first_ones_and_a_benchmark_of_their_own(tree):
+    whole, few = bench(tree[0]), bench(tree[0], clips_per_class=1)
+    assert [sample.id for sample in few.samples("train")] == ["wide_s", "tall_m", "long-2"]  # last_s has nothing new
+    assert [sample.id for sample in few.samples("test")] == ["test_m"]
+    assert few.samples("val") == whole.samples("val")
+    assert len(bench(tree[0], clips_per_class=2).samples("train")) == 4
+    assert len({whole.fingerprint(), few.fingerprint(), bench(tree[0], clips_per_class=2).fingerprint()}) == 3
+    assert np.array_equal(few.render("train", [2]).image, whole.render("train", [2]).image)
+    with pytest.raises(InputError, match="clips_per_class"):
+        bench(tree[0], clips_per_class=-1)

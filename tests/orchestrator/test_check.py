@@ -23,6 +23,7 @@ from cavs_model.errors import InputError
 from orchestrator import check as check_module
 from orchestrator import readiness
 from orchestrator import sweep as sweep_module
+from orchestrator.entries import Entries
 from orchestrator.experiment import Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import planned_work
@@ -179,7 +180,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_plan_counts_what_the_store_has(outputs: Path) -> None:
     both = override(SHORT, {"seeds": "0,1"})
-    stored = in_store(both, outputs / "store", pytest.fail)
+    stored = in_store(both, Entries(outputs / "store"), pytest.fail)
     assert [len(found) for found in stored] == [3, 0]  # two networks of the base task, one of the last
     base, later = planned_work(both)
     alone = work_of(both, 1, outputs, stored, searched=False)
@@ -188,7 +189,7 @@ def test_the_plan_counts_what_the_store_has(outputs: Path) -> None:
     assert (searched.networks, searched.stored, searched.left) == (2 * (2 + 5), 2, 12)
     assert searched.clip_passes == base + 2 * 5 * later
     changed = override(both, {"method.samples_per_class": 1, "method.resampling_ratio": 1.0})
-    assert [len(found) for found in in_store(changed, outputs / "store", pytest.fail)] == [2, 0]
+    assert [len(found) for found in in_store(changed, Entries(outputs / "store"), pytest.fail)] == [2, 0]
     file = next(path for path in (outputs / "store" / "networks").glob("*/*.safetensors"))
     assert 1 <= file.stat().st_size / searched.network_bytes < 1.2
 
@@ -202,7 +203,7 @@ def test_an_outcome_that_another_process_computes_is_not_waited_for(outputs: Pat
     for file in held:
         fcntl.flock(file, fcntl.LOCK_EX)
     try:
-        assert in_store(SHORT, store, pytest.fail) == [[]]
+        assert in_store(SHORT, Entries(store), pytest.fail) == [[]]
     finally:
         for file in held:
             file.close()
@@ -213,7 +214,7 @@ def test_a_damaged_entry_is_told_and_planned_again(outputs: Path, tmp_path: Path
     for file in (tmp_path / "store" / "networks").glob("*/*.safetensors"):
         file.write_bytes(b"x" + file.read_bytes()[1:])
     told: list[str] = []
-    assert in_store(SHORT, tmp_path / "store", told.append) == [[]]
+    assert in_store(SHORT, Entries(tmp_path / "store"), told.append) == [[]]
     assert "damaged" in told[0]
 
 

@@ -71,14 +71,12 @@ def test_imports_point_downwards():
 @pytest.mark.parametrize("library", ALLOWED)
 def test_import_linter_watches_every_module(library):
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    watched = {"orchestrator"}  # its __init__ holds a docstring
-    for contract in contracts:
-        if contract["type"] == "forbidden" and library in contract["forbidden_modules"]:
-            sources = contract["source_modules"]
-            assert set(sources) <= set(ALL), "a contract names a module that is gone"
-            # Without `as_packages = false`, a package stands for all that is below it.
-            watched |= {name for name in ALL if any(f"{name}.".startswith(f"{source}.") for source in sources)}
-    assert set(ALL) - watched == ALLOWED[library]
+    about = [each for each in contracts if each["type"] == "forbidden" and library in each["forbidden_modules"]]
+    # A package stands for all that is below it, so that the pattern holds for modules that do not exist yet.
+    watched = {source for contract in about for source in contract["source_modules"]}
+    assert watched == {"orchestrator.*", "cavs_model", "search_spaces"}
+    let_through = {each for contract in about for each in contract.get("ignore_imports", ())}
+    assert let_through == {f"{module} -> {library}" for module in ALLOWED[library]}
     layers = next(contract for contract in contracts if contract["type"] == "layers")
     assert tuple(layers["layers"]) == LAYERS
 
