@@ -169,6 +169,7 @@ def compare() -> int:
     else:
         ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
         tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
+        tracker.origin(ledger.parent)
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.

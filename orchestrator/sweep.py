@@ -276,6 +276,7 @@ class _Sweep:
         parent = self.tracker.start(self.ledger.folder.name, "sweep", flatten(experiment), tags=tags)
         self.ledger.update(parent=parent)
         self.tracker.artifact(parent, "config.json", {"command": [redacted(each) for each in sys.argv], **self.ledger.plan})
+        self.tracker.origin(parent)
 
     def _compute(self, concurrency: int) -> str:
         """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from cavs_model.errors import InputError
 from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
+from orchestrator.environment import environment
 from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
 from orchestrator.stream import TaskOutcome
 
 EXPERIMENT = "cavs"
+ENVIRONMENT_FILE = "environment.json"
 METRICS_A_REQUEST = 1000  # limits of MLflow's log_batch
 PARAMS_A_REQUEST = 100
 PARAM_CHARACTERS = 6000
@@ -71,6 +73,11 @@ def record_of(outcome: TaskOutcome) -> Record:
         "bytes": outcome.memory_bytes,
         "hash": fingerprint(rows),
     }
+    # By these the report finds the networks in the store, and sees what the memory was chosen from.
+    artifacts[f"{folder}/networks.json"] = {network: Path(path).name for network, path in outcome.state.checkpoints.items()}
+    if outcome.after is not None:
+        columns = {name: list(column) for name, column in outcome.after.columns.items()}
+        artifacts[f"{folder}/scores.json"] = {"sample_ids": list(outcome.after.sample_ids), "columns": columns}
     if not outcome.task.is_base:
         rehearsal = outcome.rehearsal
         artifacts[f"{folder}/collisions.json"] = {
@@ -176,7 +183,13 @@ class Tracker:
         params = {**flatten(experiment), "seed": seed}
         run = self.start(name, "stream", params, parent, {**tags_of(experiment), "seed": str(seed)})
         self.artifact(run, "config.json", params)
+        if parent is None:
+            self.origin(run)
         return run
+
+    def origin(self, run_id: str) -> None:
+        """Logs where the numbers of a run and of those below it come from: command, versions, hardware, commit."""
+        self.artifact(run_id, ENVIRONMENT_FILE, environment())
 
     @property
     def open_hint(self) -> str:
