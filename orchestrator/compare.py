@@ -22,6 +22,8 @@ from cavs_model.untrusted import FaultError, read_json, typed, typed_fields
 from orchestrator import cli
 from orchestrator.comparison import (
     BACKGROUND_ALONE,
+    PLAN_FILE,
+    STREAMS_FILE,
     StreamResult,
     background_alone,
     markdown,
@@ -39,8 +41,6 @@ from orchestrator.redaction import redacted
 from orchestrator.store import StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
 from orchestrator.tracker import Tracker, record_of, tracking_uri
-
-PLAN_FILE = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -358,7 +358,7 @@ def conclude(
             results.append(StreamResult(BACKGROUND_ALONE, setting, seed, known))
     rows = table(results, seeds, reference)
     text = "\n".join(markdown(rows, split, reference) for split in splits)
-    for file, content in (("table.md", text), ("table.csv", table_csv(rows)), ("streams.csv", raw_csv(results))):
+    for file, content in (("table.md", text), ("table.csv", table_csv(rows)), (STREAMS_FILE, raw_csv(results))):
         write_atomically(ledger.folder / file, content.encode())
         tracker.artifact(ledger.parent, file, content)
     for row in rows:

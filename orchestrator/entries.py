@@ -114,6 +114,15 @@ class Entries:
             _check_value(kind, body)
         return body
 
+    def describe(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The description of an entry, whose files are not verified; None where there is none. DamagedError."""
+        try:
+            return _unsealed(self._file(kind, key).read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedError(str(error)) from error
+
     def write(self, kind: str, key: str, label: str, seconds: float, value: Any) -> None:
         """Writes an entry that is one file. `seconds` of worker time is what it took."""
         write_atomically(self.path(kind, key), _sealed({**_facts(label, seconds), "value": value}))

@@ -26,9 +26,9 @@ from matplotlib.ticker import MaxNLocator
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 GREY = "#8c8c8c"
 WIDTH_IN = 3.6
-_MARKERS = "osD^vPX"
+_MARKERS = "osD^vP"
 _INK, _LINE = "#1a1a1b", "#c9c9ca"  # stand for the page's own colours in an svg
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib's type for its settings is a list of all their names
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
     "font.size": 8,
@@ -107,11 +107,12 @@ def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
 def over_tasks(series: Mapping[str, Seeds], label: str, shown: Sequence[str] = ()) -> Figure:
     """A value after each task per entry: the mean over seeds, and a band of one standard deviation around it.
 
-    Entries not in `shown` (the first seven by default) are thin grey lines.
+    Entries beyond the first six of `shown` (all by default) are thin grey lines.
     """
-    coloured = list(shown or series)[: len(COLOURS)]
+    coloured = list(shown or series)[: len(_MARKERS)]
     rest = [name for name in series if name not in coloured]
-    rows = -(-(len(coloured) + bool(rest)) // 2)
+    columns_of_names = 1 if max((len(name) for name in coloured), default=0) > 20 else 2
+    rows = -(-(len(coloured) + bool(rest)) // columns_of_names)
     figure, axes = _figure(2.35 + 0.17 * rows)
     tasks = max((len(seed) for seeds in series.values() for seed in seeds), default=0)
     for name in [*rest, *coloured]:
@@ -120,9 +121,8 @@ def over_tasks(series: Mapping[str, Seeds], label: str, shown: Sequence[str] = (
         means = np.array([statistics.fmean(values) for values in columns if values])
         spread = np.array([statistics.stdev(values) if len(values) > 1 else 0.0 for values in columns if values])
         if name in rest:
-            axes.plot(
-                places, means, color=GREY, linewidth=0.8, alpha=0.7, label=f"{len(rest)} others" if name == rest[0] else ""
-            )
+            told = f"{len(rest)} others" if name == rest[0] else ""
+            axes.plot(places, means, color=GREY, linewidth=0.8, alpha=0.7, label=told)
             continue
         number = coloured.index(name)
         axes.plot(places, means, color=COLOURS[number], marker=_MARKERS[number], label=_short(name))
@@ -131,7 +131,7 @@ def over_tasks(series: Mapping[str, Seeds], label: str, shown: Sequence[str] = (
     _tasks_axis(axes, tasks)
     axes.set_ylabel(label)
     if len(series) > 1:
-        figure.legend(loc="outside lower center", ncols=2)
+        figure.legend(loc="outside lower center", ncols=columns_of_names)
     return figure
 
 
@@ -174,13 +174,14 @@ def matrix(
     row_label: str = "",
     column_label: str = "",
     groups: Sequence[int] = (),
+    brightest: float | None = None,
 ) -> Figure:
-    """A table of numbers as colours, from 0 to the largest; None stays empty. Lines before the rows in `groups`."""
+    """A table of numbers as colours, from 0 to `brightest` (the largest); None stays empty. Lines go before rows `groups`."""
     table = np.array([[math.nan if value is None else value for value in row] for row in values], dtype=float)
     many = len(columns) > 9
     figure, axes = _figure(1.05 + (0.5 if many else 0.0) + max(0.165 * len(rows), 0.6))
     axes.grid(False)
-    top = float(np.nanmax(table)) if np.isfinite(table).any() else 1.0
+    top = brightest or (float(np.nanmax(table)) if np.isfinite(table).any() else 1.0)
     picture = axes.imshow(table, cmap=_MAP, vmin=0, vmax=top or 1.0, aspect="auto", interpolation="none")
     axes.set_xticks(range(len(columns)), [_short(name, 16) for name in columns])
     if many or max((len(name) for name in columns), default=0) * len(columns) > 34:
@@ -200,7 +201,7 @@ def matrix(
     bar = figure.colorbar(picture, ax=axes, fraction=0.045, pad=0.02)
     bar.set_label(label, fontsize=7)
     bar.ax.tick_params(labelsize=6.5, length=0)
-    bar.outline.set_visible(False)  # type: ignore[operator]  # matplotlib's own type is Spine | Patch
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -218,6 +219,7 @@ def collisions(
         axes.set_title(label, fontsize=7.5)
         axes.xaxis.set_major_locator(MaxNLocator(2))
         axes.tick_params(axis="x", labelsize=6.5)
+        axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.set_xlim(left=0)
         if not np.nansum(np.abs(values)):
@@ -232,9 +234,7 @@ def deltas(every: Sequence[float], kept: Sequence[float], label: str) -> Figure:
     figure, axes = _figure(2.2)
     low, high = min(every, default=0.0), max(every, default=1.0)
     bins = np.linspace(low, high if high > low else low + 1e-6, 31)
-    axes.hist(
-        [value for value in every if math.isfinite(value)], bins=bins.tolist(), color=GREY, alpha=0.6, label="all candidates"
-    )
+    axes.hist(list(every), bins=bins.tolist(), color=GREY, alpha=0.6, label="all candidates")
     axes.hist(list(kept), bins=bins.tolist(), color=COLOURS[1], label="kept")
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(bottom=0)
@@ -420,7 +420,7 @@ def _names_axis(axes: Axes, names: Sequence[str]) -> None:
 def _short(name: str, longest: int = _LONGEST_NAME) -> str:
     """The name cut to a length, and safe from matplotlib, which reads $...$ as a formula and hides what begins with _."""
     cut = name if len(name) <= longest else name[: longest - 1] + "…"
-    return cut.replace("$", r"\$")
+    return (" " if cut.startswith("_") else "") + cut.replace("$", r"\$")
 
 
 def _numbered(places: Sequence[Any]) -> tuple[list[float], list[str]]:

@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from torch import Tensor
@@ -218,11 +219,67 @@ class Tracker:
         """Ends a run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status)
 
+    # Reading, for reports.
+
+    def look(self, run_id: str) -> Look:
+        """A run. InputError where there is none of this id."""
+        try:
+            return _look(self._client.get_run(run_id))
+        except MlflowException as error:
+            raise InputError(f"MLflow at {without_password(self.uri)} has no run {run_id}: {error}") from error
+
+    def looks(self, tags: Mapping[str, str]) -> list[Look]:
+        """The runs that have these tags, in the order in which they began."""
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found, token = [], None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time ASC"], page_token=token
+            )
+            found += [_look(run) for run in page]
+            token = page.token
+            if not token:
+                return found
+
+    def contents(self, run_id: str) -> dict[str, Any]:
+        """Path -> value of a run's JSON artifacts, those of its tasks' folders among them; nothing else is fetched."""
+        with tempfile.TemporaryDirectory() as folder, _environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+            for item in self._client.list_artifacts(run_id):
+                if item.path.endswith(".json") or (item.is_dir and item.path.startswith("task_")):
+                    self._client.download_artifacts(run_id, item.path, folder)
+            files = sorted(Path(folder).rglob("*.json"))
+            return {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in files}
+
+    def attach(self, run_id: str, path: Path) -> None:
+        """Logs a file as an artifact under its own name."""
+        self._client.log_artifact(run_id, str(path))
+
     def _batch(self, run_id: str, values: Sequence[tuple[str, float, int]]) -> None:
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, step) for name, value, step in values]
         for start in range(0, len(entries), METRICS_A_REQUEST):
             self._client.log_batch(run_id, metrics=entries[start : start + METRICS_A_REQUEST])
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as it is read again. Times are in seconds since the epoch; `ended` is None while it runs."""
+
+    run: str
+    name: str
+    status: str
+    started: float
+    ended: float | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]  # their last values
+
+
+def _look(run: Run) -> Look:
+    about, data = run.info, run.data
+    ended = about.end_time / 1000 if about.end_time else None
+    name = data.tags.get("mlflow.runName", "")
+    return Look(about.run_id, name, about.status, about.start_time / 1000, ended, data.tags, data.params, data.metrics)
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:
@@ -273,7 +330,13 @@ def _text(value: Any) -> str:
 @contextmanager
 def _patience() -> Iterator[None]:
     """Few retries while the store is probed: an unreachable server is told within seconds, not minutes."""
-    wanted = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}
+    with _environment({"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "4"}):
+        yield
+
+
+@contextmanager
+def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
+    """These environment variables for a while: MLflow has no other place for such settings."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:
