@@ -141,6 +141,7 @@ def compare() -> int:
     made.add_argument("--fresh", action="store_true", help="forget what was done under --name; the store is kept")
     made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
+    cli.add_report_option(made)
     arguments = made.parse_args()
     spaces = [cli.load_space(name) for name in arguments.space]
     seeds = _numbers(arguments.seeds)
@@ -201,6 +202,8 @@ def compare() -> int:
         tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
         raise
     tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
+    if not arguments.no_report:
+        cli.write_report(f"comparisons/{folder.name}", outputs)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 

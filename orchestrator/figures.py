@@ -137,8 +137,9 @@ def over_tasks(series: Mapping[str, Seeds], label: str, shown: Sequence[str] = (
 
 @_styled
 def dots(values: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """One line per entry: a small ring per seed, a filled dot for their mean."""
+    """One line per entry: a small ring per seed, a filled dot for their mean. The axis holds 0."""
     figure, axes = _figure(0.75 + 0.19 * len(values))
+    axes.axvline(0, color=_LINE, linewidth=1.0)
     for place, seeds in enumerate(values.values()):
         axes.plot(seeds, [place] * len(seeds), "o", markersize=4, markerfacecolor="none", markeredgecolor=GREY)
         axes.plot([statistics.fmean(seeds)], [place], "o", markersize=5.5, color=COLOURS[0])
@@ -217,14 +218,13 @@ def collisions(
         colour = COLOURS[1] if number == len(panels) - 1 else COLOURS[0]
         axes.barh(range(len(names)), values, color=colour, height=0.7)
         axes.set_title(label, fontsize=7.5)
-        axes.xaxis.set_major_locator(MaxNLocator(2))
+        top = float(np.nanmax([0.0, *values])) or 1.0
+        axes.set_xlim(0, 1.05 * top)
+        axes.set_xticks([0, top], ["0", f"{top:.2g}"])
         axes.tick_params(axis="x", labelsize=6.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
-        axes.set_xlim(left=0)
-        if not np.nansum(np.abs(values)):
-            axes.set_xlim(0, 1)
-    _names_axis(grid[0], names)
+    _names_axis(grid[0], names, ticks=False)
     return with_names
 
 
@@ -408,13 +408,14 @@ def _tasks_axis(axes: Axes, tasks: int) -> None:
     axes.set_xlabel("tasks learned")
 
 
-def _names_axis(axes: Axes, names: Sequence[str]) -> None:
-    """Names down the side, the first one on top."""
+def _names_axis(axes: Axes, names: Sequence[str], ticks: bool = True) -> None:
+    """Names down the side, the first one on top; `ticks` are to be found along the other axis."""
     axes.set_yticks(range(len(names)), [_short(name) for name in names])
     axes.tick_params(axis="y", length=0, labelsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    if ticks:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def _short(name: str, longest: int = _LONGEST_NAME) -> str:

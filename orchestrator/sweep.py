@@ -168,6 +168,7 @@ def sweep() -> int:
                       help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on (0: none is pruned)")  # fmt: skip
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
+    cli.add_report_option(made)
     arguments = made.parse_args()
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
@@ -187,6 +188,8 @@ def sweep() -> int:
         progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
         progress.line(f"MLflow: {tracker.open_hint}")
         failed = _Sweep(space, wanted, outputs, tracker, ledger, progress).run(arguments.verbose)
+    if not arguments.no_report:
+        cli.write_report(f"sweeps/{folder.name}", outputs)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from cavs_model.errors import InputError
 from orchestrator import figures
 from orchestrator.comparison import BACKGROUND_ALONE, Row, table
+from orchestrator.experiment import Objective
 from orchestrator.figures import knob_name
 from orchestrator.ledger import COMPUTED, Trial
 from orchestrator.progress import clock
@@ -659,8 +660,8 @@ def _clips(source: Source, close: Sequence[str], split: str, wishes: Wishes) -> 
         body += f"<h3>{escape(entry)}, setting {escape(setting)}, seed {stream.seed}</h3>\n"
         try:
             body += page.paragraphs([
-                f"The same clips of {split} for every entry: a frame, its sound as log-mel, the truth, and the prediction after "
-                "each task. Stripes are pixels that do not count: classes not learned yet."
+                f"The same clips of {split} for every entry: a frame, its sound as log-mel, the truth, and the prediction "
+                "after each task. Stripes are pixels that do not count: classes not learned yet."
             ]) + page.clips(gallery.fixed(split), left)  # fmt: skip
             for task in range(len(stream.tasks)):
                 for kept, told in ((True, "kept in the memory"), (False, "rejected, with the largest |delta|")):
@@ -757,7 +758,7 @@ def _range(knob: Mapping[str, Any]) -> str:
     )
 
 
-def _objectives(source: Source) -> list[Any]:
+def _objectives(source: Source) -> list[Objective]:
     from orchestrator.experiment import Objective
 
     assert source.sweep is not None
