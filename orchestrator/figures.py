@@ -350,11 +350,12 @@ def scatter(
 def timeline(jobs: Sequence[tuple[float, float, str, str]]) -> Figure:
     """When workers computed what: jobs as (start, end) in seconds, a kind and a short name, in as few lanes as hold them.
 
-    The lanes are drawn from the times alone: as many as jobs ran at once at most.
+    The lanes are drawn from the times alone: as many as jobs ran at once at most. Long pauses are cut short, at dashed lines.
     """
     ends: list[float] = []
     placed = []
-    for start, end, kind, name in sorted(jobs):
+    shifted, cuts = _without_pauses(sorted(jobs))
+    for start, end, kind, name in shifted:
         lane = next((number for number, busy in enumerate(ends) if busy <= start + 1e-6), len(ends))
         ends[lane:] = [end, *ends[lane + 1 :]]
         placed.append((lane, start, end, kind, name))
@@ -368,14 +369,32 @@ def timeline(jobs: Sequence[tuple[float, float, str, str]]) -> Figure:
                   edgecolor="white", linewidth=0.3)  # fmt: skip
         if name and (end - start) > 0.055 * longest:
             axes.text((start + end) / 2 / scale, lane, name, ha="center", va="center", fontsize=6, color="#ffffff")
+    for cut in cuts:
+        axes.axvline(cut / scale, color=_INK, linewidth=0.8, linestyle="--")
     for number, kind in enumerate(kinds):
         axes.barh([0], [0], color=COLOURS[number % len(COLOURS)], label=kind)
     axes.set_yticks(range(len(ends)), [str(number + 1) for number in range(len(ends))])
     axes.invert_yaxis()
     axes.set_ylabel("jobs at once")
-    axes.set_xlabel(f"{unit} since the start")
+    axes.set_xlabel(f"{unit} since the start" + (", pauses cut" if cuts else ""))
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _without_pauses(
+    jobs: Sequence[tuple[float, float, str, str]],
+) -> tuple[list[tuple[float, float, str, str]], list[float]]:
+    """Jobs in the order of their starts with every long time in which none ran cut to a tenth of the busy time; the cuts."""
+    longest = max(0.1 * sum(end - start for start, end, *_ in jobs), 1.0)
+    busy_until = removed = 0.0
+    found, cuts = [], []
+    for start, end, kind, name in jobs:
+        if start - busy_until > longest:
+            removed += start - busy_until - longest
+            cuts.append(start - removed - longest / 2)
+        busy_until = max(busy_until, end)
+        found.append((start - removed, end - removed, kind, name))
+    return found, cuts
 
 
 @_styled

@@ -92,9 +92,10 @@ def table(caption: str, columns: Mapping[str, Column], rows: Sequence[Mapping[st
             cells.append(f'<{mark}{scope}{_text_class(column)} data-value="{escape(kept)}">{escape(shown)}</{mark}>')
         lines.append(f'<tr class="best">{"".join(cells)}</tr>' if number == best else f"<tr>{''.join(cells)}</tr>")
     body = "\n".join(lines)
+    name = escape(caption)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>{escape(caption)}'
-        f"</caption><thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table><caption><span>{name}</span></caption>'
+        f"<thead><tr>{heads}</tr></thead><tbody>\n{body}\n</tbody></table></div>\n"
     )
 
 

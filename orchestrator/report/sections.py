@@ -176,7 +176,7 @@ def _winner(rows: Sequence[Row], setting: str, split: str, reference: str, seeds
     told += f"{_many(len(able), 'entry', 'entries')}, with a mean IoU of {_with_spread(best, metric)} over all classes"
     parts = [f"{name} {best.mean[key]:.3f}" for name in ("old", "new") if (key := f"{split}/miou/{name}") in best.mean]
     told += f" ({', '.join(parts)})." if parts else "."
-    if best.entry != reference and (difference := best.difference.get(metric)):
+    if seeds > 1 and best.entry != reference and (difference := best.difference.get(metric)):
         sure = "which leaves out 0" if difference.low > 0 else "which does not leave out 0"
         told += (
             f" Over {reference} it gains {difference.mean:+.3f}; the 95 % interval of the paired difference is "
@@ -189,12 +189,10 @@ def _winner(rows: Sequence[Row], setting: str, split: str, reference: str, seeds
     floor = next((row.mean[metric] for row in rows if row.entry == BACKGROUND_ALONE and metric in row.mean), None)
     if floor is not None:
         told += f" Calling everything background gives {floor:.3f}."
-    lines = [told]
-    if seeds < 5:
-        lines.append(
-            f"An interval over {_many(seeds, 'seed')} is hardly more than the smallest and the largest difference seen."
-        )
-    return lines
+    few = "hardly more than the smallest and the largest difference seen"
+    if seeds == 1:
+        return [told, "With one seed there is no spread and no interval: small differences mean nothing."]
+    return [told, f"An interval over {seeds} seeds is {few}." if seeds < 5 else ""]
 
 
 def _comparison_table(rows: Sequence[Row], setting: str, split: str, reference: str, seeds: Sequence[int]) -> str:
@@ -214,7 +212,9 @@ def _comparison_table(rows: Sequence[Row], setting: str, split: str, reference: 
             line[name], line[f"{name}/std"] = row.mean.get(f"{split}/{name}"), row.std.get(f"{split}/{name}")
         if metric in row.difference:
             found = row.difference[metric]
-            line |= {"difference": found.mean, "interval": f"{found.low:+.3f} … {found.high:+.3f}"}
+            line |= {"difference": found.mean}
+            if len(seeds) > 1:
+                line |= {"interval": f"{found.low:+.3f} … {found.high:+.3f}"}
         line["worker_seconds"] = row.mean.get("worker_seconds")
         line["memory"] = row.mean["memory_bytes"] / MEGABYTE if "memory_bytes" in row.mean else None
         lines.append(line)
@@ -227,7 +227,7 @@ def _comparison_table(rows: Sequence[Row], setting: str, split: str, reference: 
 def _difference_figure(rows: Sequence[Row], setting: str, split: str, reference: str) -> str:
     metric = f"{split}/miou/all"
     found = {row.entry: row.difference[metric] for row in rows if metric in row.difference}
-    if not found:
+    if not found or len(rows[0].seeds) < 2:
         return ""
     ranked = dict(sorted(found.items(), key=lambda item: -item[1].mean))
     drawn = figures.differences(
@@ -262,9 +262,9 @@ def _of_sweep(source: Source, split: str) -> tuple[list[str], list[Section]]:
     for state, word in (("FAILED", "failed"), ("PRUNED", "pruned")):
         if number := sum(trial.state == state for trial in ended.values()):
             told += f", {number} {word}"
-    lead = [
-        f"{told}; drawn by {ledger.plan['sampler']}. The search ended: {source.parent.tags.get('ended', 'it has not ended')}."
-    ]
+    ending = source.parent.tags.get("ended", "")
+    told += f"; drawn by {ledger.plan['sampler']}. " + (f"The search ended: {ending}." if ending else "It has not ended.")
+    lead = [told]
     if best is not None:
         values = sorted(float(trial.metrics[metric]) for trial in well.values())
         config = _listed(f"{knob_name(name)} = {_number(value)}" for name, value in ended[best].config.items())
@@ -611,7 +611,7 @@ def _cost(source: Source) -> Section:
                 figures.timeline(jobs),
                 "Timeline of the workers",
                 f"{len(jobs)} jobs that were computed, by when the store got them and what they took. What was reused takes "
-                "no time and is not here; numbers are trials.",
+                "no time and is not here." + (" Numbers are trials." if source.kind == "sweep" else ""),
             )
         )
     if source.sweep is not None:
@@ -683,16 +683,18 @@ def _settings(source: Source) -> Section:
         configs.setdefault(
             (stream.entry, stream.setting), {k: v for k, v in stream.config.items() if k not in ("seed", "seeds")}
         )
-    if not configs:
-        plan = source.sweep.plan["experiment"] if source.sweep is not None else {}
-        return Section("settings", "Method and settings", page.facts("Settings", plan))
+    if source.sweep is not None and not configs:  # nothing was tested
+        configs["", ""] = dict(source.sweep.plan["experiment"])
     every = sorted({path for config in configs.values() for path in config})
     same = {
         path: first for path in every if (first := _same([config.get(path) for config in configs.values()])) is not _DIFFERENT
     }
     seeds = sorted({stream.seed for stream in source.streams})
     body = page.paragraphs(
-        [f"Seeds {', '.join(map(str, seeds))}. Formulas of the metrics: docs/metrics.md; of the methods: docs/methods.md."]
+        [
+            f"Seeds {_listed(map(str, seeds))}. " * bool(seeds)
+            + "Formulas of the metrics: docs/metrics.md; of the methods: docs/methods.md."
+        ]
     )
     if len(configs) > 1:
         columns = {"entry": Column("method"), "setting": Column("setting"), "fields": Column("what is not the same for all")}

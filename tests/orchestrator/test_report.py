@@ -65,7 +65,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         found = dict(attrs)
         self.addresses += [found[name] for name in ("src", "href", "xlink:href") if name in found]
-        self._caption, self._head = tag == "caption", tag == "button"
+        self._caption, self._head = tag == "caption" or (self._caption and tag == "span"), tag == "button"
         if tag == "caption":
             self._name = ""
         elif tag == "tr":
@@ -304,6 +304,8 @@ def test_figures_leave_no_trace_and_hold_what_they_are_given():
     assert "var(--line)" in text
     bars = figures.timeline([(0.0, 4.0, "training", "1"), (1.0, 2.0, "scoring", "2"), (2.0, 3.0, "scoring", "2")])
     assert [label.get_text() for label in bars.axes[0].get_yticklabels()] == ["1", "2"]  # two lanes hold them
+    paused = figures.timeline([(0.0, 4.0, "training", "1"), (1000.0, 1006.0, "training", "2")]).axes[0]
+    assert [bar.get_x() for bar in paused.patches[:2]] == [0.0, 5.0]  # a pause is no longer than a tenth of the work
     assert dict(matplotlib.rcParams) == before
 
 
