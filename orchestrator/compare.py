@@ -24,6 +24,7 @@ from orchestrator.comparison import (
     BACKGROUND_ALONE,
     PLAN_FILE,
     STREAMS_FILE,
+    TABLE_FILE,
     StreamResult,
     background_alone,
     markdown,
@@ -361,7 +362,7 @@ def conclude(
             results.append(StreamResult(BACKGROUND_ALONE, setting, seed, known))
     rows = table(results, seeds, reference)
     text = "\n".join(markdown(rows, split, reference) for split in splits)
-    for file, content in (("table.md", text), ("table.csv", table_csv(rows)), (STREAMS_FILE, raw_csv(results))):
+    for file, content in (("table.md", text), (TABLE_FILE, table_csv(rows)), (STREAMS_FILE, raw_csv(results))):
         write_atomically(ledger.folder / file, content.encode())
         tracker.artifact(ledger.parent, file, content)
     for row in rows:

@@ -2,6 +2,7 @@
 
 A figure has one panel, or narrow ones side by side under each other's names, so that it can be read on a phone and in a column
 of a paper. `svg` makes text that takes the page's colour, `png` a picture on white. No pyplot: no figure outlives its caller.
+matplotlib is imported where it is used: its import makes folders in the home directory.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import math
 import re
 import statistics
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, ParamSpec
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
 # Okabe and Ito's palette without its black, which a dark page would swallow, the pale ones last.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
@@ -64,12 +67,21 @@ P = ParamSpec("P")
 Seeds = Sequence[Sequence[float | None]]  # [seed][task]; None where there is no value
 
 
+@contextmanager
+def _settings(**more: str) -> Iterator[None]:
+    """Our settings of matplotlib for a while."""
+    import matplotlib
+
+    with _lock, matplotlib.rc_context({**_STYLE, **more}):
+        yield
+
+
 def _styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """The function with our style, which is gone again when it returns."""
 
     @functools.wraps(draw)
     def drawn(*arguments: P.args, **options: P.kwargs) -> Figure:
-        with _lock, matplotlib.rc_context(_STYLE):
+        with _settings():
             return draw(*arguments, **options)
 
     return drawn
@@ -82,7 +94,7 @@ def svg(figure: Figure, name: str) -> str:
     """
     out = io.StringIO()
     salt = hashlib.sha256(name.encode()).hexdigest()[:12]
-    with _lock, matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with _settings(**{"svg.hashsalt": salt}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -95,7 +107,7 @@ def svg(figure: Figure, name: str) -> str:
 def png(figure: Figure, dots_per_inch: int = 200) -> bytes:
     """The figure as a PNG on white."""
     out = io.BytesIO()
-    with _lock, matplotlib.rc_context(_STYLE):
+    with _settings():
         figure.savefig(out, format="png", dpi=dots_per_inch, facecolor="white")
     return out.getvalue()
 
@@ -212,8 +224,8 @@ def collisions(
 ) -> Figure:
     """The collision table of a task beside what followed: a bar per old class in each column, and the confusion afterwards."""
     panels = [*columns.items(), (after_label, [math.nan if value is None else value for value in after])]
-    with_names = Figure(figsize=(WIDTH_IN, 0.85 + 0.17 * len(names)))
-    grid = with_names.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    figure = _blank(0.85 + 0.17 * len(names))
+    grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for number, (axes, (label, values)) in enumerate(zip(grid, panels, strict=True)):
         colour = COLOURS[1] if number == len(panels) - 1 else COLOURS[0]
         axes.barh(range(len(names)), values, color=colour, height=0.7)
@@ -225,7 +237,7 @@ def collisions(
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
     _names_axis(grid[0], names, ticks=False)
-    return with_names
+    return figure
 
 
 @_styled
@@ -261,7 +273,7 @@ def history(values: Mapping[int, float], states: Mapping[int, str], best_is: str
     if others := sorted(number for number in states if number not in values):
         level = min(values.values(), default=0.0)
         axes.plot(others, [level] * len(others), "x", color=GREY, label="failed, pruned or stopped")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(_ticks(integer=True))
     axes.set_xlabel("trial")
     axes.set_ylabel(label)
     figure.legend(loc="outside lower center", ncols=3, columnspacing=1)
@@ -287,7 +299,7 @@ def knob_slice(knob: str, places: Sequence[Any], values: Sequence[float], best: 
     figure, axes = _figure(2.1)
     numbers, names = _numbered(places)
     # From grey to blue, so that the order can be read without knowing the colours' names.
-    shades = matplotlib.colormaps["Blues"](np.linspace(0.35, 1.0, len(values)))
+    shades = in_colours(np.linspace(0.35, 1.0, len(values)), "Blues")
     axes.scatter(numbers, values, c=shades, s=26, edgecolors=COLOURS[0], linewidths=0.6, zorder=3)
     axes.plot([numbers[best]], [values[best]], "D", color=COLOURS[1], markersize=7, zorder=4)
     if names:
@@ -295,7 +307,7 @@ def knob_slice(knob: str, places: Sequence[Any], values: Sequence[float], best: 
     elif log:
         axes.set_xscale("log")
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=all(isinstance(place, int) for place in places)))
+        axes.xaxis.set_major_locator(_ticks(6, integer=all(isinstance(place, int) for place in places)))
     axes.set_xlabel(knob_name(knob))
     axes.set_ylabel(label)
     return figure
@@ -313,7 +325,7 @@ def parallel(knobs: Mapping[str, Sequence[Any]], values: Sequence[float], best: 
         scaled.append([(number - low) / (high - low) if high > low else 0.5 for number in numbers])
         ends.append((name, names[0] if names else f"{low:.3g}", names[-1] if names else f"{high:.3g}"))
     for trial in sorted(range(len(values)), key=lambda trial: scaled[-1][trial]):
-        shade = matplotlib.colormaps[_MAP](0.05 + 0.85 * scaled[-1][trial])
+        shade = in_colours(0.05 + 0.85 * scaled[-1][trial], _MAP)
         line = {"color": COLOURS[1], "linewidth": 2.2} if trial == best else {"color": shade, "linewidth": 1.0}
         axes.plot(range(len(columns)), [column[trial] for column in scaled], zorder=3 if trial == best else 2, **line)  # type: ignore[arg-type]
     for place, (_, low_name, high_name) in enumerate(ends):
@@ -339,7 +351,7 @@ def scatter(
         chosen = [place for place, mark in enumerate(marked) if mark == is_marked]
         if chosen:
             axes.plot([x[place] for place in chosen], [y[place] for place in chosen], marker, color=colour, label=name)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(_ticks(5))
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(loc="outside lower center", ncols=2)
@@ -416,9 +428,30 @@ def knob_name(path: str) -> str:
     return path.rsplit(".", 1)[-1]
 
 
+def _blank(height_in: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(WIDTH_IN, height_in))
+
+
 def _figure(height_in: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(WIDTH_IN, height_in))
+    """A figure with one panel."""
+    figure = _blank(height_in)
     return figure, figure.subplots()
+
+
+def _ticks(count: int | None = None, integer: bool = False) -> MaxNLocator:
+    """At most so many ticks (matplotlib's own number by default)."""
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(count or "auto", integer=integer)
+
+
+def in_colours(values: np.ndarray | float, scale: str) -> Any:
+    """Numbers from 0 to 1 as colours of one of matplotlib's scales, float [... 4]."""
+    import matplotlib
+
+    return matplotlib.colormaps[scale](values)
 
 
 def _tasks_axis(axes: Axes, tasks: int) -> None:
@@ -434,7 +467,7 @@ def _names_axis(axes: Axes, names: Sequence[str], ticks: bool = True) -> None:
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     if ticks:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(_ticks(5))
 
 
 def _short(name: str, longest: int = _LONGEST_NAME) -> str:

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import soundfile
 import torch
@@ -25,7 +24,7 @@ from cavs_model.networks.vggish import feature_name
 from cavs_model.types import AUDIO_VISUAL, BACKGROUND, IGNORE, VISUAL_ONLY, LabelRule, Task
 from cavs_model.worker import arithmetic
 from orchestrator.experiment import Experiment, override
-from orchestrator.figures import COLOURS, GREY
+from orchestrator.figures import COLOURS, GREY, in_colours
 from orchestrator.report.sources import StreamData
 
 FIXED_CLIPS = 6
@@ -233,7 +232,7 @@ def _log_mel(audio: np.ndarray, height: int) -> np.ndarray:
     low, high = float(levels.min()), float(levels.max())
     scaled = Image.fromarray(((levels - low) / max(high - low, 1e-6) * 255).astype(np.uint8))
     square = np.asarray(scaled.resize((height, height), Image.Resampling.BILINEAR)) / 255
-    coloured: np.ndarray = (matplotlib.colormaps["magma"](square)[..., :3] * 255).astype(np.uint8)
+    coloured: np.ndarray = (in_colours(square, "magma")[..., :3] * 255).astype(np.uint8)
     return coloured
 
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from typing import Any
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from orchestrator import figures
 from orchestrator.report.clips import Clip
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # A page from a mail must not be able to call home, whatever a name in it says.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; media-src data:"

@@ -144,7 +144,7 @@ def _of_comparison(source: Source, split: str) -> tuple[list[str], list[Section]
         bounds = {stream.entry for stream in source.streams if stream.config.get("method") == "joint"}
         lead += _winner(own, setting, split, source.reference, len(seeds), bounds)
         for each in dict.fromkeys([split, *source.splits]):
-            body += _comparison_table(own, setting, each, source.reference, seeds)
+            body += _comparison_table(own, setting, each, source.reference, seeds, bounds)
             body += page.grid([_difference_figure(own, setting, each, source.reference)])
     failed = [result for result in source.results if result.error]
     total = len(without_background(source.results))
@@ -195,18 +195,22 @@ def _winner(rows: Sequence[Row], setting: str, split: str, reference: str, seeds
     return [told, f"An interval over {seeds} seeds is {few}." if seeds < 5 else ""]
 
 
-def _comparison_table(rows: Sequence[Row], setting: str, split: str, reference: str, seeds: Sequence[int]) -> str:
+def _comparison_table(
+    rows: Sequence[Row], setting: str, split: str, reference: str, seeds: Sequence[int], bounds: Collection[str]
+) -> str:
     metric = f"{split}/miou/all"
+    ranked = sorted(rows, key=lambda row: -row.mean.get(metric, -math.inf))
+    best = next((place for place, row in enumerate(ranked) if row.mean and row.entry not in bounds), None)
     columns = {"entry": Column("method")}
     columns |= {name: Column(_HEADS[name], ".3f", f"{name}/std") for name in _METRICS}
     columns |= {
-        "difference": Column(f"to {reference}", "+.3f"),
-        "interval": Column("95 % interval", "s"),
+        **({"difference": Column(f"to {reference}", "+.3f")} if reference else {}),
+        **({"interval": Column("95 % interval", "s")} if reference and len(seeds) > 1 else {}),
         "worker_seconds": Column("worker-seconds", ".0f"),
         "memory": Column("memory MB", ".1f"),
     }
     lines = []
-    for row in sorted(rows, key=lambda row: -row.mean.get(metric, -math.inf)):
+    for row in ranked:
         line: dict[str, Any] = {"entry": f"{row.entry} ({row.failed})" if row.failed else row.entry}
         for name in _METRICS:
             line[name], line[f"{name}/std"] = row.mean.get(f"{split}/{name}"), row.std.get(f"{split}/{name}")
@@ -221,7 +225,7 @@ def _comparison_table(rows: Sequence[Row], setting: str, split: str, reference: 
     caption = (
         f"Setting {setting}, {split}, after the last task: mean ± standard deviation over seeds {', '.join(map(str, seeds))}"
     )
-    return page.table(caption, columns, lines, best=0)
+    return page.table(caption, columns, lines, best)
 
 
 def _difference_figure(rows: Sequence[Row], setting: str, split: str, reference: str) -> str:

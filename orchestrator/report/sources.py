@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cavs_model.errors import InputError
 from cavs_model.metrics import diagnoses, iou, numbers, stream_summary, summary, task_matrix
-from orchestrator.comparison import BACKGROUND_ALONE, PLAN_FILE, STREAMS_FILE, StreamResult
+from orchestrator.comparison import BACKGROUND_ALONE, PLAN_FILE, STREAMS_FILE, TABLE_FILE, StreamResult
 from orchestrator.entries import DamagedError, Entries
 from orchestrator.ledger import LEDGER_FILE, Ledger
 from orchestrator.tracker import ENVIRONMENT_FILE, Look, Tracker
@@ -189,8 +189,7 @@ def _of_comparison(folder: Path, outputs: Path, tracker: Tracker) -> Source:
     parent = tracker.look(run)
     results = _results(folder / STREAMS_FILE)
     streams = [_stream(tracker, runs[name]) for name in done]
-    told = tracker.contents(run).get("config.json", {})
-    reference = str(told.get("reference", "")) or next((result.entry for result in results), "")
+    reference = _reference(folder / TABLE_FILE)
     return Source(
         "comparison", folder.name, outputs, folder, parent, _usable(streams), _environment(tracker, parent),
         _jobs(outputs, f"comparison/{folder.name}", parent), None, results, reference, splits,
@@ -272,11 +271,19 @@ def _split(name: str) -> str:
     return name.replace("_", "/", 1) if name.startswith("test_") else name
 
 
-def _results(path: Path) -> tuple[StreamResult, ...]:
-    """The streams of a comparison from its csv. InputError where it is missing or damaged."""
+def _lines(path: Path) -> list[dict[str, str]]:
+    """The lines of a csv file. InputError where it is missing or no text."""
     try:
         with open(path, newline="") as file:
-            lines = list(csv.DictReader(file))
+            return list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}): let the comparison end first, with the same command") from error
+
+
+def _results(path: Path) -> tuple[StreamResult, ...]:
+    """The streams of a comparison from its csv. InputError where it is missing or damaged."""
+    lines = _lines(path)
+    try:
         return tuple(
             StreamResult(
                 line.pop("entry"),
@@ -287,8 +294,15 @@ def _results(path: Path) -> tuple[StreamResult, ...]:
             )
             for line in lines
         )
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise InputError(f"cannot read {path} ({error}): let the comparison end first, with the same command") from error
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"damaged file {path} ({error}): run the comparison again, with the same command") from error
+
+
+def _reference(path: Path) -> str:
+    """The entry that a table's differences are to: the one that has a mean and no difference. Empty without differences."""
+    able = [line for line in _lines(path) if not line.get("failed")]
+    differing = {line["entry"] for line in able if any(line[name] for name in line if name.endswith("/difference"))}
+    return next((line["entry"] for line in able if line["entry"] not in differing), "") if differing else ""
 
 
 def _jobs(outputs: Path, user: str, parent: Look) -> tuple[Job, ...]:
