@@ -72,7 +72,8 @@ def _settings(**more: str) -> Iterator[None]:
     """Our settings of matplotlib for a while."""
     import matplotlib
 
-    with _lock, matplotlib.rc_context({**_STYLE, **more}):
+    settings: Any = {**_STYLE, **more}
+    with _lock, matplotlib.rc_context(settings):
         yield
 
 
@@ -327,7 +328,7 @@ def parallel(knobs: Mapping[str, Sequence[Any]], values: Sequence[float], best: 
     for trial in sorted(range(len(values)), key=lambda trial: scaled[-1][trial]):
         shade = in_colours(0.05 + 0.85 * scaled[-1][trial], _MAP)
         line = {"color": COLOURS[1], "linewidth": 2.2} if trial == best else {"color": shade, "linewidth": 1.0}
-        axes.plot(range(len(columns)), [column[trial] for column in scaled], zorder=3 if trial == best else 2, **line)  # type: ignore[arg-type]
+        axes.plot(range(len(columns)), [column[trial] for column in scaled], zorder=3 if trial == best else 2, **line)
     for place, (_, low_name, high_name) in enumerate(ends):
         axes.axvline(place, color=_LINE, linewidth=0.8)
         axes.text(place, -0.05, _short(low_name, 12), ha="center", va="top", fontsize=7)

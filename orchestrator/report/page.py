@@ -129,17 +129,30 @@ def grid(parts: Sequence[str], uneven: bool = False) -> str:
     return f'<div class="{"columns" if uneven else "figures"}">\n{"".join(shown)}</div>\n' if shown else ""
 
 
-def clips(found: Sequence[Clip], sound_bytes: list[int]) -> str:
-    """Clips with their tiles and sounds. `sound_bytes` is what is left for sounds on this page; it is taken from."""
-    cards = []
+@dataclass
+class Room:
+    """What is left for clips on a page, in bytes of its text: a mail takes only so much."""
+
+    pictures: int = 8 * 2**20
+    sounds: int = 8 * 2**20
+
+
+def clips(found: Sequence[Clip], room: Room) -> str:
+    """Clips with their tiles and sounds, as long as there is room for them; what is left out is told."""
+    cards, left_out = [], 0
     for clip in found:
+        size = sum(len(tile.data) for tile in clip.tiles)
+        if size > room.pictures:
+            left_out += 1
+            continue
+        room.pictures -= size
         tiles = "".join(
             f'<div><img src="{tile.data}" alt="{escape(tile.alt)}">{escape(tile.title)}</div>' for tile in clip.tiles
         )
         legend = "".join(f'<li><i style="background:{colour}"></i>{escape(name)}</li>' for name, colour in clip.legend)
         heard = ""
-        if clip.sound and len(clip.sound) <= sound_bytes[0]:
-            sound_bytes[0] -= len(clip.sound)
+        if clip.sound and len(clip.sound) <= room.sounds:
+            room.sounds -= len(clip.sound)
             heard = (
                 f'<audio controls preload="metadata" src="{clip.sound}" aria-label="{escape(f"sound of {clip.name}")}"></audio>'
             )
@@ -150,7 +163,8 @@ def clips(found: Sequence[Clip], sound_bytes: list[int]) -> str:
             f'<article class="clip"><h4>{escape(clip.name)}</h4><p class="note">{escape(told)}</p>'
             f'<div class="tiles">{tiles}</div><ul class="legend">{legend}</ul>{heard}</article>'
         )
-    return f'<div class="clips">\n{"".join(cards)}\n</div>\n' if cards else ""
+    told = paragraphs([f"{left_out} clips were left out to keep this file small."]) if left_out else ""
+    return (f'<div class="clips">\n{"".join(cards)}\n</div>\n' if cards else "") + told
 
 
 def paragraphs(lines: Sequence[str]) -> str:

@@ -30,7 +30,6 @@ from orchestrator.search import importance
 from orchestrator.sweep import best_of, pareto_front
 
 MOST_CLOSE = 3  # entries that are looked at closely
-SOUND_BYTES = 8 * 2**20  # of all sounds of a page, as text
 MEGABYTE = 2**20
 _OVER_TASKS = {
     "miou/all": ("All classes", "mean IoU", "Mean IoU over all classes seen so far, background included."),
@@ -654,7 +653,7 @@ def _cost(source: Source) -> Section:
 
 def _clips(source: Source, close: Sequence[str], split: str, wishes: Wishes) -> Section:
     """Clips with what the networks say of them; a note in place of what cannot be shown."""
-    left = [SOUND_BYTES]
+    room = page.Room()
     body, setting = "", source.settings[0]
     for entry in close:
         stream = source.of(entry, setting)[0] if source.of(entry, setting) else None
@@ -666,12 +665,12 @@ def _clips(source: Source, close: Sequence[str], split: str, wishes: Wishes) -> 
             body += page.paragraphs([
                 f"The same clips of {split} for every entry: a frame, its sound as log-mel, the truth, and the prediction "
                 "after each task. Stripes are pixels that do not count: classes not learned yet."
-            ]) + page.clips(gallery.fixed(split), left)  # fmt: skip
+            ]) + page.clips(gallery.fixed(split), room)  # fmt: skip
             for task in range(len(stream.tasks)):
                 for kept, told in ((True, "kept in the memory"), (False, "rejected, with the largest |delta|")):
                     found = gallery.scored(task, kept)
                     if found:
-                        body += f"<h4>Training clips of task {task + 1}: {told}</h4>\n" + page.clips(found, left)
+                        body += f"<h4>Training clips of task {task + 1}: {told}</h4>\n" + page.clips(found, room)
         except InputError as error:
             wishes.told(f"no clips of {entry}: {error}")
             body += page.paragraphs([f"Clips cannot be shown: {error}"])

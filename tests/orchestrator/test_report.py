@@ -16,8 +16,9 @@ from orchestrator.experiment import override
 from orchestrator.ledger import Ledger
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import Progress
-from orchestrator.report import sections, sources
+from orchestrator.report import page, sections, sources
 from orchestrator.report.__main__ import report
+from orchestrator.report.clips import Clip, Tile
 from orchestrator.search import MEMORY_BYTES, WORKER_SECONDS, Search, importance, mean_over_seeds
 from orchestrator.store import StoredBackend
 from orchestrator.stream import run_stream
@@ -201,8 +202,8 @@ def runs(outputs, kind):
 def test_a_page_needs_nothing_else_and_is_small(outputs, name):
     text = (outputs / name / "report.html").read_text()
     assert len(text) < 4 * 2**20  # toys; the limit is 20 MB
-    page = Page(text)
-    assert {address.split(":")[0].split("#")[0] for address in page.addresses} <= {"data", ""}
+    read = Page(text)
+    assert {address.split(":")[0].split("#")[0] for address in read.addresses} <= {"data", ""}
     assert not re.search(r"url\((?!['\"]?#)|@import|https?://(?!www\.w3\.org/)", text)
     ids = re.findall(r'\bid="([^"]+)"', text)
     assert len(ids) == len(set(ids))
@@ -210,8 +211,8 @@ def test_a_page_needs_nothing_else_and_is_small(outputs, name):
     assert {one or other for one, other in used} <= set(ids)
     assert all(f"--{each}" not in text for each in ("1a1a1b", "c9c9ca"))
     assert len(re.findall(r"<svg ", text)) == len(re.findall(r'<svg role="img" aria-label="[^"]{20,}', text))
-    assert "-m orchestrator." in page.text
-    assert "mlflow" in page.text
+    assert "-m orchestrator." in read.text
+    assert "mlflow" in read.text
 
 
 def test_names_from_outside_are_text(outputs, comparison):
@@ -242,6 +243,16 @@ def test_kept_and_rejected_clips_are_shown_with_their_delta(outputs, comparison)
     assert abs(scores["columns"]["delta"][scores["sample_ids"].index(shown[3][0])]) == abs(
         scores["columns"]["delta"][scores["sample_ids"].index(largest)]
     )
+
+
+def test_clips_for_which_there_is_no_room_are_left_out_and_told():
+    tile = Tile("frame", "a frame", "data:" + "x" * 95)
+    clip = Clip("one", ("bell",), "", (tile,), (), "data:" + "y" * 45, 1.0)
+    room = page.Room(pictures=200, sounds=50)
+    text = page.clips([clip] * 3, room)
+    assert text.count("<article") == 2
+    assert text.count("<audio") == text.count("Its sound was left out") == 1
+    assert "1 clips were left out" in text
 
 
 def test_a_missing_checkpoint_is_told_in_its_place(outputs, tmp_path):
