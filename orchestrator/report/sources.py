@@ -7,7 +7,6 @@ report's numbers are those of the run.
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from cavs_model.errors import InputError
 from cavs_model.metrics import diagnoses, iou, numbers, stream_summary, summary, task_matrix
+from cavs_model.untrusted import FaultError, read_json
 from orchestrator.comparison import BACKGROUND_ALONE, PLAN_FILE, STREAMS_FILE, TABLE_FILE, StreamResult
 from orchestrator.entries import DamagedError, Entries
-from orchestrator.ledger import LEDGER_FILE, Ledger
+from orchestrator.ledger import LARGEST_LEDGER_BYTES, LEDGER_FILE, Ledger
 from orchestrator.tracker import ENVIRONMENT_FILE, Look, Tracker
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
@@ -182,9 +182,9 @@ def _of_sweep(folder: Path, outputs: Path, tracker: Tracker) -> Source:
 def _of_comparison(folder: Path, outputs: Path, tracker: Tracker) -> Source:
     path = folder / PLAN_FILE
     try:
-        entry = json.loads(path.read_text())
+        entry = read_json(path, LARGEST_LEDGER_BYTES)
         splits, runs, done, run = tuple(entry["plan"]["splits"]), entry["runs"], entry["done"], entry["parent"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (FaultError, KeyError, TypeError) as error:
         raise InputError(f"damaged file {path} ({error})") from error
     parent = tracker.look(run)
     results = _results(folder / STREAMS_FILE)
