@@ -9,7 +9,9 @@ import math
 import os
 import pkgutil
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import traceback
 import types
@@ -30,6 +32,7 @@ from orchestrator.shared import SharedEntries
 DEFAULT_SPACE = "cmr_collage"
 FIELDS_TITLE = "fields that --set changes"
 INPUT_ERROR_STATUS = 2
+REPORT_SECONDS = 300.0  # a report that takes longer is given up
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run
 
 
@@ -275,6 +278,26 @@ def check_name(name: str | None) -> None:
     """InputError for a run's name that is more than a name: as a path it would lead elsewhere."""
     if name is not None and not re.fullmatch(NAME, name):
         raise InputError(f"--name {name!r}: use letters, digits, '.', '_' and '-'")
+
+
+def add_report_option(made: argparse.ArgumentParser) -> None:
+    """The argument by which a verb that ends with a report leaves it out."""
+    made.add_argument("--no-report", action="store_true", help="end without writing report.html")
+
+
+def write_report(name: str, outputs: Path) -> None:
+    """Writes the report of what has ended, in a process of its own: what fails there fails alone, and is told."""
+    command = ["-m", "orchestrator.report", name, "--outputs", str(outputs)]
+    try:
+        told = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=REPORT_SECONDS, check=False)
+        lines = (told.stdout if told.returncode == 0 else told.stderr).strip().splitlines()
+        reason = "" if told.returncode == 0 else lines[-1] if lines else f"status {told.returncode}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        lines, reason = [], str(error)
+    if reason:
+        print(f"no report ({reason}); nothing else is missing. Try: python {shlex.join(command)}", flush=True)
+    else:
+        print("\n".join(lines), flush=True)
 
 
 def main(verb: Callable[[], int]) -> int:

@@ -23,6 +23,9 @@ from cavs_model.untrusted import FaultError, read_json, typed, typed_fields
 from orchestrator import cli
 from orchestrator.comparison import (
     BACKGROUND_ALONE,
+    PLAN_FILE,
+    STREAMS_FILE,
+    TABLE_FILE,
     StreamResult,
     background_alone,
     markdown,
@@ -46,8 +49,6 @@ from orchestrator.store import Reuse, StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
 from orchestrator.terminal import renderer
 from orchestrator.tracker import Tracker, record_of, tracking_uri
-
-PLAN_FILE = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def compare() -> int:
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
     cli.add_store(made)
     cli.add_training(made)
+    cli.add_report_option(made)
     arguments = made.parse_args()
     spaces = [cli.load_space(name) for name in arguments.space]
     seeds = _numbers(arguments.seeds)
@@ -190,6 +192,7 @@ def compare() -> int:
     else:
         ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
         tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
+        tracker.origin(ledger.parent)
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
     # Streams stand for a search's trials here: one task each, of the mean stream's work.
@@ -244,6 +247,8 @@ def _run(
         tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
         raise
     tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
+    if not arguments.no_report:
+        cli.write_report(f"comparisons/{ledger.folder.name}", outputs)
     return failed
 
 
@@ -418,7 +423,7 @@ def conclude(
             results.append(StreamResult(BACKGROUND_ALONE, setting, seed, known))
     rows = table(results, seeds, reference)
     text = "\n".join(markdown(rows, split, reference) for split in splits)
-    for file, content in (("table.md", text), ("table.csv", table_csv(rows)), ("streams.csv", raw_csv(results))):
+    for file, content in (("table.md", text), (TABLE_FILE, table_csv(rows)), (STREAMS_FILE, raw_csv(results))):
         write_atomically(ledger.folder / file, content.encode())
         tracker.artifact(ledger.parent, file, content)
     for row in rows:

@@ -20,6 +20,8 @@ import torch
 from cavs_model.metrics import summary
 from orchestrator.stream import TaskOutcome
 
+PLAN_FILE = "comparison.json"  # of a comparison's folder: its plan, its runs and what is done
+STREAMS_FILE, TABLE_FILE = "streams.csv", "table.csv"
 BACKGROUND_ALONE = "background alone"  # the answer that needs no network
 INTERVAL = 0.95
 DRAWS = 10_000  # of the bootstrap, where the resamples are too many to be listed

@@ -137,6 +137,15 @@ class Entries:
         """DamagedError for an entry that is not what was written."""
         self.read(kind, key)
 
+    def describe(self, kind: str, key: str) -> dict[str, Any] | None:
+        """The description of an entry, whose files are not verified; None where there is none. DamagedError."""
+        try:
+            return unsealed(self.file(kind, key).read_bytes())
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise DamagedError(str(error)) from error
+
     def write(self, kind: str, key: str, label: str, seconds: float, value: Any) -> None:
         """Writes an entry that is one file. `seconds` of worker time is what it took."""
         write_atomically(self.path(kind, key), sealed({**_facts(label, seconds), "value": value}))

@@ -84,6 +84,14 @@ class Ledger:
             if any(entry.name not in (LOCK_FILE, "status.json") for entry in folder.iterdir()):
                 raise InputError(f"{folder} is there and holds no {LEDGER_FILE}; choose another --name, or use --fresh")
             return Ledger(folder, plan)
+        found = Ledger.read(folder)
+        refuse_changes(folder.name, found.plan, plan)
+        return found
+
+    @staticmethod
+    def read(folder: Path) -> Ledger:
+        """The ledger of a sweep that was begun. InputError where it is missing or damaged."""
+        path = folder / LEDGER_FILE
         try:
             noted = typed_fields(_Noted, read_json(path, LARGEST_LEDGER_BYTES))
             for number, fields in noted["trials"].items():
@@ -96,9 +104,7 @@ class Ledger:
         except FaultError as fault:
             raise InputError(f"damaged file {path} (it {fault}); delete the folder, or use --fresh") from None
         trials = {int(number): trial for number, trial in noted["trials"].items()}
-        found = Ledger(folder, **{**noted, "trials": trials})
-        refuse_changes(folder.name, found.plan, plan)
-        return found
+        return Ledger(folder, **{**noted, "trials": trials})
 
     def update(self, **changes: Any) -> None:
         """Changes fields of the sweep."""

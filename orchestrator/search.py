@@ -180,6 +180,23 @@ def described(space: SearchSpace) -> dict[str, Any]:
     }
 
 
+def importance(
+    knobs: Mapping[str, Any], trials: Sequence[tuple[Mapping[str, Any], float]], mode: Literal["max", "min"]
+) -> dict[str, float]:
+    """How much of an objective's variation over trials each knob accounts for, by Optuna's default method; largest first.
+
+    `knobs` as `described` has them; trials are knobs with the objective's value. Empty for fewer than three trials, or where
+    the knobs that trials have differ, or the objective does not.
+    """
+    if len(trials) < 3 or len({value for _, value in trials}) < 2 or any(set(config) != set(knobs) for config, _ in trials):
+        return {}
+    distributions = {name: optuna.distributions.json_to_distribution(json.dumps(each)) for name, each in knobs.items()}
+    study = _study(["maximize" if mode == "max" else "minimize"], optuna.samplers.RandomSampler(seed=0))
+    for config, value in trials:
+        study.add_trial(create_trial(params=dict(config), distributions=distributions, value=value))
+    return {name: float(share) for name, share in optuna.importance.get_param_importances(study).items()}
+
+
 @dataclass(frozen=True)
 class Budgets:
     """What ends a search besides its number of trials; None where it does not.

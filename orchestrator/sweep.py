@@ -175,6 +175,7 @@ def sweep() -> int:
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
     cli.add_store(made)
     cli.add_training(made)
+    cli.add_report_option(made)
     arguments = made.parse_args()
     if arguments.debug:
         arguments.trials = min(arguments.trials, DEBUG_TRIALS)
@@ -212,6 +213,8 @@ def sweep() -> int:
             progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
             progress.line(f"MLflow: {tracker.open_hint}")
             failed = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress).run(arguments.verbose)
+    if not arguments.no_report:
+        cli.write_report(f"sweeps/{folder.name}", outputs)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -305,6 +308,7 @@ class _Sweep:
         parent = self.tracker.start(self.ledger.folder.name, "sweep", flatten(experiment), tags=tags)
         self.ledger.update(parent=parent)
         self.tracker.artifact(parent, "config.json", {"command": [redacted(each) for each in sys.argv], **self.ledger.plan})
+        self.tracker.origin(parent)
 
     def _compute(self, concurrency: int) -> str:
         """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""

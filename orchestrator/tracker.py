@@ -10,6 +10,7 @@ import fcntl
 import json
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy import create_engine
@@ -29,11 +30,13 @@ from torch import Tensor
 from cavs_model.errors import InputError
 from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
 from cavs_model.types import AUDIO_VISUAL
+from orchestrator.environment import environment
 from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
 from orchestrator.redaction import redacted
 from orchestrator.stream import TaskOutcome
 
 EXPERIMENT = "cavs"
+ENVIRONMENT_FILE = "environment.json"
 METRICS_A_REQUEST = 1000  # limits of MLflow's log_batch
 PARAMS_A_REQUEST = 100
 PARAM_CHARACTERS = 6000
@@ -77,13 +80,11 @@ def record_of(outcome: TaskOutcome) -> Record:
         "bytes": outcome.memory_bytes,
         "hash": fingerprint(rows),
     }
-    if path := outcome.state.checkpoints.get(AUDIO_VISUAL):
-        learned = outcome.task.num_classes
-        artifacts[f"{folder}/network.json"] = {
-            "entry": f"networks/{Path(path).name}",  # in the store
-            "classes": names[1:learned],
-            "not_learned_yet": names[learned:],
-        }
+    # By these the report and predict find the networks in the store, and the report sees what the memory was chosen from.
+    artifacts[f"{folder}/networks.json"] = {network: Path(path).name for network, path in outcome.state.checkpoints.items()}
+    if outcome.after is not None:
+        columns = {name: list(column) for name, column in outcome.after.columns.items()}
+        artifacts[f"{folder}/scores.json"] = {"sample_ids": list(outcome.after.sample_ids), "columns": columns}
     if not outcome.task.is_base:
         rehearsal = outcome.rehearsal
         artifacts[f"{folder}/collisions.json"] = {
@@ -213,7 +214,13 @@ class Tracker:
         params = {**flatten(experiment), "seed": seed}
         run = self.start(name, "stream", params, parent, {**tags_of(experiment), "seed": str(seed)})
         self.artifact(run, "config.json", params)
+        if parent is None:
+            self.origin(run)
         return run
+
+    def origin(self, run_id: str) -> None:
+        """Logs where the numbers of a run and of those below it come from: command, versions, hardware, commit."""
+        self.artifact(run_id, ENVIRONMENT_FILE, environment())
 
     @property
     def open_hint(self) -> str:
@@ -264,11 +271,11 @@ class Tracker:
         found = {}
         for item in self._client.list_artifacts(run_id):
             number = item.path.removeprefix("task_")
-            path = f"{item.path}/network.json"
+            path = f"{item.path}/networks.json"
             if number.isdecimal() and path in {inner.path for inner in self._client.list_artifacts(run_id, item.path)}:
                 with _quiet_downloads(), TemporaryDirectory() as folder:
                     text = Path(self._client.download_artifacts(run_id, path, folder)).read_text()
-                found[int(number)] = str(json.loads(text)["entry"])
+                found[int(number)] = f"networks/{json.loads(text)[AUDIO_VISUAL]}"
         return found
 
     def download_model(self, uri: str, folder: Path) -> Path:
@@ -311,11 +318,67 @@ class Tracker:
         """Ends a run: FINISHED, FAILED or KILLED."""
         self._client.set_terminated(run_id, status)
 
+    # Reading, for reports.
+
+    def look(self, run_id: str) -> Look:
+        """A run. InputError where there is none of this id."""
+        try:
+            return _look(self._client.get_run(run_id))
+        except MlflowException as error:
+            raise InputError(f"MLflow at {without_password(self.uri)} has no run {run_id}: {error}") from error
+
+    def looks(self, tags: Mapping[str, str]) -> list[Look]:
+        """The runs that have these tags, in the order in which they began."""
+        query = " and ".join(f"tags.`{key}` = '{value}'" for key, value in tags.items())
+        found, token = [], None
+        while True:
+            page = self._client.search_runs(
+                [self.experiment_id], query, order_by=["attributes.start_time ASC"], page_token=token
+            )
+            found += [_look(run) for run in page]
+            token = page.token
+            if not token:
+                return found
+
+    def contents(self, run_id: str) -> dict[str, Any]:
+        """Path -> value of a run's JSON artifacts, those of its tasks' folders among them; nothing else is fetched."""
+        with tempfile.TemporaryDirectory() as folder, _environment({"MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}):
+            for item in self._client.list_artifacts(run_id):
+                if item.path.endswith(".json") or (item.is_dir and item.path.startswith("task_")):
+                    self._client.download_artifacts(run_id, item.path, folder)
+            files = sorted(Path(folder).rglob("*.json"))
+            return {path.relative_to(folder).as_posix(): json.loads(path.read_text()) for path in files}
+
+    def attach(self, run_id: str, path: Path) -> None:
+        """Logs a file as an artifact under its own name."""
+        self._client.log_artifact(run_id, str(path))
+
     def _batch(self, run_id: str, values: Sequence[tuple[str, float, int]]) -> None:
         now = int(time.time() * 1000)
         entries = [Metric(name, float(value), now, step) for name, value, step in values]
         for start in range(0, len(entries), METRICS_A_REQUEST):
             self._client.log_batch(run_id, metrics=entries[start : start + METRICS_A_REQUEST])
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as it is read again. Times are in seconds since the epoch; `ended` is None while it runs."""
+
+    run: str
+    name: str
+    status: str
+    started: float
+    ended: float | None
+    tags: Mapping[str, str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]  # their last values
+
+
+def _look(run: Run) -> Look:
+    about, data = run.info, run.data
+    ended = about.end_time / 1000 if about.end_time else None
+    name = data.tags.get("mlflow.runName", "")
+    return Look(about.run_id, name, about.status, about.start_time / 1000, ended, data.tags, data.params, data.metrics)
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:
@@ -390,7 +453,7 @@ def _quiet_downloads() -> AbstractContextManager[None]:
 
 @contextmanager
 def _environment(wanted: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables set, and as they were afterwards."""
+    """These environment variables for a while: MLflow has no other place for such settings."""
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     try:

@@ -98,6 +98,10 @@ class Benchmark(ABC):
     def check(self) -> None:
         """Verifies the source files. InputError that names the first missing or damaged one. Takes seconds at most."""
 
+    def waveform(self, split: str, position: int) -> np.ndarray | None:
+        """The sound of one clip for a person to listen to, float32 [samples] at 16 kHz; None where there is none to be had."""
+        return None
+
     @property
     def cached(self) -> bool:
         """Whether clips are worth keeping on disk; False renders them in memory at every opening."""

@@ -201,6 +201,12 @@ class VideoFolder(Benchmark):
             clips.labelled_frame[n, :labelled] = True
         return clips
 
+    def waveform(self, split: str, position: int) -> np.ndarray:
+        """InputError as `render`."""
+        video = self._videos(split)[position]
+        wave = self._read(video, video.sound, partial(read_wave, seconds=video.seconds))
+        return wave[: min(self.frames, video.seconds) * SAMPLE_RATE_HZ]
+
     def fingerprint(self) -> str:
         """Of the table the content, of the other files the sizes: times change with every copy, and contents take minutes.
 

@@ -199,6 +199,9 @@ class Collage(Benchmark):
             clips.audio[n] = log_mel(self._mix(scene, self._rng(*self._locate(split, position), 2)))
         return clips
 
+    def waveform(self, split: str, position: int) -> np.ndarray:
+        return self._mix(self.scene(split, position), self._rng(*self._locate(split, position), 2)).reshape(-1)
+
     def fingerprint(self) -> str:
         content = hashlib.sha256(_manifest(_manifest_path(self._folder))).hexdigest()
         parameters = {

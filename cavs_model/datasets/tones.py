@@ -88,13 +88,16 @@ class Tones(Benchmark):
                 raise IndexError(f"split {split!r} has {num_clips} clips, asked for position {position}")
             real = (frames + 1) // 2 if self.short_clips and position % 2 else frames
             labelled = 1 if self.first_frame_only and split == "train" else real
-            image, label, audio = self._draw(split, position)
+            image, label, audio, _ = self._draw(split, position)
             clips.image[n, :real] = image[:real]
             clips.audio[n, :real] = audio[:real]
             clips.label[n, :labelled] = label[:labelled]
             clips.real_frame[n, :real] = True
             clips.labelled_frame[n, :labelled] = True
         return clips
+
+    def waveform(self, split: str, position: int) -> np.ndarray:
+        return self._wave(self._draw(split, position)[3], self.frames * SAMPLE_RATE_HZ).astype(np.float32)
 
     def fingerprint(self) -> str:
         return digest({"benchmark": self.name, "render_version": RENDER_VERSION, **asdict(self)})
@@ -127,8 +130,8 @@ class Tones(Benchmark):
         rest = others[len(sounding) - 1 :]
         return sounding, tuple(rest[: int(rng.random() < 0.5)])
 
-    def _draw(self, split: str, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """All T frames: image uint8 [T 3 H W], label uint8 [T H W], audio float32 [T 96 64]."""
+    def _draw(self, split: str, position: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[float, float, float]]]:
+        """All T frames: image uint8 [T 3 H W], label uint8 [T H W], audio float32 [T 96 64]; and the voices of `_wave`."""
         size, frames = self.image_size_px, self.frames
         sounding, silent = self._cast(split, position)
         rng = self._rng(split, position, 1)
@@ -146,10 +149,19 @@ class Tones(Benchmark):
                 image[t, :, mask] = self._colour(class_id) + rng.integers(-20, 21, 3)
                 if class_id in sounding:
                     label[t, mask] = class_id
-        seconds = np.arange(_WAVE_SAMPLES) / SAMPLE_RATE_HZ
-        wave = sum(rng.uniform(0.2, 0.4) * np.sin(2 * np.pi * (self.pitch_hz(c) * seconds + rng.uniform())) for c in sounding)
+        voices = [(self.pitch_hz(class_id), rng.uniform(0.2, 0.4), rng.uniform()) for class_id in sounding]
         noise = rng.normal(0, 0.1, (frames, NUM_FRAMES, NUM_BINS))
-        return image, label, (log_mel_spectrogram(np.asarray(wave)) + noise).astype(np.float32)
+        audio = (log_mel_spectrogram(self._wave(voices, _WAVE_SAMPLES)) + noise).astype(np.float32)
+        return image, label, audio, voices
+
+    @staticmethod
+    def _wave(voices: Sequence[tuple[float, float, float]], samples: int) -> np.ndarray:
+        """The sum of tones, each a frequency in Hz, an amplitude and a phase in turns, float64 [samples]."""
+        seconds = np.arange(samples) / SAMPLE_RATE_HZ
+        wave: np.ndarray = sum(
+            (level * np.sin(2 * np.pi * (hertz * seconds + phase)) for hertz, level, phase in voices), np.zeros(samples)
+        )
+        return wave
 
     def _colour(self, class_id: int) -> np.ndarray:
         red_green_blue = colorsys.hsv_to_rgb((class_id - 1) / self.num_classes, 0.8, 0.85)

@@ -46,7 +46,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(monkeypatch: pytest.MonkeyPatch, outputs: Path, *arguments: str) -> int:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr("sys.argv", ["compare", *arguments, "--local", "--outputs", str(outputs)])
+    monkeypatch.setattr("sys.argv", ["compare", *arguments, "--local", "--no-report", "--outputs", str(outputs)])
     return cli.main(compare.compare)
 
 
@@ -92,7 +92,8 @@ def test_a_comparison_ends_with_a_table_and_everything_in_mlflow(
 
 def test_on_a_cluster_streams_run_side_by_side_with_the_same_numbers(space: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    shared = [sys.executable, "-m", "orchestrator.compare", space, "--seeds", "0", "--only", "plain", "--only", "lwf"]
+    shared = [sys.executable, "-m", "orchestrator.compare", space, "--seeds", "0", "--only", "plain", "--only", "lwf",
+              "--no-report"]  # fmt: skip
     for arguments in (
         ["--name", "ray", "--outputs", str(tmp_path / "a")],
         ["--local", "--name", "ray", "--outputs", str(tmp_path / "b")],

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWar
 TRIALS = 3
 # As many trials as are drawn before a model of the objective decides: the order in which they end cannot matter.
 SHORT = ("--set", "schedule.base_epochs=2", "--set", "schedule.epochs=2")
-COMMAND = ("--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *SHORT)
+COMMAND = ("--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *SHORT, "--no-report")
 ROOT = Path(__file__).parents[2]
 
 
@@ -44,7 +44,7 @@ def sweep(outputs: Path, *arguments: str, space: str = "tones") -> subprocess.Co
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     outputs = tmp_path_factory.mktemp("outputs")
-    return outputs, sweep(outputs, *COMMAND)
+    return outputs, sweep(outputs, *COMMAND[:-1])
 
 
 def runs(outputs: Path, kind: str) -> list[Run]:
@@ -60,6 +60,7 @@ def test_a_sweep_ends_well_and_says_where_to_look(done: tuple[Path, subprocess.C
     assert "best: val/miou/all" in process.stdout
     assert str(outputs / "sweeps" / "toy") in process.stdout
     assert "make ui" in process.stdout
+    assert f"report: {outputs / 'sweeps' / 'toy' / 'report.html'}" in process.stdout
     with open(outputs / "sweeps" / "toy" / "trials.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == TRIALS
@@ -122,6 +123,7 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_says_so(
     assert process.returncode == 1, process.stdout + process.stderr
     assert "loss is not finite" in process.stdout
     assert "no trial ended well" in process.stdout
+    assert "report.html" in process.stdout  # of what there is
     (trial,) = runs(tmp_path, "trial")
     assert trial.info.status == "FAILED"
     assert "loss is not finite" in trial.data.tags["failure"]

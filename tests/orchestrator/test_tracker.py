@@ -234,7 +234,7 @@ def test_the_base_task_has_no_new_classes_and_no_collisions():
     assert record.metrics["stream/average_miou"] == record.metrics["miou/all"]
     assert set(record.artifacts) == {
         "task_0/memory.json", "task_0/confusion_val.json", "task_0/confusion_test_unseen.json",
-        "task_0/matrix_val.json", "task_0/matrix_test_unseen.json", "task_0/network.json",
+        "task_0/matrix_val.json", "task_0/matrix_test_unseen.json", "task_0/networks.json",
     }  # fmt: skip
     matrix = record.artifacts["task_0/matrix_val.json"]
     assert matrix == {"classes": [list(TONES.class_names()[:2])], "miou": [[0.5]], "forgetting": [], "backward_transfer": []}
@@ -257,7 +257,7 @@ def test_the_artifacts_of_a_task():
     artifacts = record_of(outcome()).artifacts
     assert set(artifacts) == {
         "task_1/memory.json", "task_1/collisions.json", "task_1/confusion_val.json", "task_1/confusion_test_unseen.json",
-        "task_1/matrix_val.json", "task_1/matrix_test_unseen.json", "task_1/network.json",
+        "task_1/matrix_val.json", "task_1/matrix_test_unseen.json", "task_1/networks.json",
     }  # fmt: skip
     first, second = TONES.class_names()[:2]
     memory = artifacts["task_1/memory.json"]

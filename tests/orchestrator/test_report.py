@@ -1,0 +1,393 @@
+"""Reports of real toys, made in this process: their numbers are the csv files', and a browser shows them without fault."""
+
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.tracking import MlflowClient
+
+from orchestrator import cli, compare, figures, run
+from orchestrator.experiment import override
+from orchestrator.ledger import Ledger
+from orchestrator.local_backend import LocalBackend
+from orchestrator.progress import Progress
+from orchestrator.report import page, sections, sources
+from orchestrator.report.__main__ import report
+from orchestrator.report.clips import Clip, Tile
+from orchestrator.search import MEMORY_BYTES, WORKER_SECONDS, Search, importance, mean_over_seeds
+from orchestrator.store import StoredBackend
+from orchestrator.stream import run_stream
+from orchestrator.sweep import conclude, plan_of, test
+from orchestrator.tracker import Tracker, tags_of, tracking_uri
+
+test.__test__ = False  # the sweep's verb is no test
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning", "ignore::optuna.exceptions.ExperimentalWarning"
+)
+
+CHROMIUM, DRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
+HOSTILE = '<img src=x onerror=alert(1)> & "$cmr$"'  # a name from a user's file
+SPACE = f'''
+"""Toys."""
+import dataclasses
+from search_spaces.tones import BASE as TONES, OBJECTIVES, define
+from cavs_model.train import Schedule
+from cavs_model.datasets.tones import Tones
+BASE = dataclasses.replace(
+    TONES,
+    benchmark=Tones(num_classes=4, train_clips=16, val_clips=8, test_clips=8),
+    schedule=Schedule(base_epochs=1, epochs=1, batch_size=8),
+)
+VARIANTS = {{"cmr": {{"method.samples_per_class": 2}}, {HOSTILE!r}: {{"method": "finetune"}}}}
+'''
+KNOBS = [
+    {"method.samples_per_class": count, "method.resampling_ratio": ratio} for count, ratio in ((1, 0.1), (2, 0.2), (3, 0.3))
+]
+
+
+class Page(HTMLParser):
+    """A page's tables (caption -> rows of data-values), the addresses it refers to, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: dict[str, list[list[str]]] = {}
+        self.heads: dict[str, list[str]] = {}
+        self.addresses: list[str] = []
+        self.text = ""
+        self._caption = self._head = False
+        self._name = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.addresses += [found[name] for name in ("src", "href", "xlink:href") if name in found]
+        self._caption, self._head = tag == "caption" or (self._caption and tag == "span"), tag == "button"
+        if tag == "caption":
+            self._name = ""
+        elif tag == "tr":
+            self.tables[self._name].append([])
+        elif tag in ("td", "th") and "data-value" in found:
+            self.tables[self._name][-1].append(found["data-value"])
+
+    def handle_data(self, data):
+        self.text += data
+        if self._caption:
+            self._name += data
+            self.tables[self._name], self.heads[self._name] = [], []
+        if self._head:
+            self.heads[self._name].append(data)
+
+    def handle_endtag(self, tag):
+        self._caption = self._head = False
+
+    def rows(self, start):
+        """The rows of the table whose caption starts so, as head -> value."""
+        (caption,) = [name for name in self.tables if name.startswith(start)]
+        return [dict(zip(self.heads[caption], row, strict=True)) for row in self.tables[caption] if row]
+
+
+def a_sweep(outputs: Path) -> None:
+    """What orchestrator.sweep leaves, without Ray: three trials drawn by hand."""
+    space = cli.load_space("tones")
+    base = override(space.base, {"schedule.base_epochs": 1, "schedule.epochs": 1, "benchmark.train_clips": 16,
+                                 "benchmark.val_clips": 8, "benchmark.test_clips": 8})  # fmt: skip
+    space = cli.SearchSpace(space.name, base, space.objectives, space.define)
+    tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
+    folder = outputs / "sweeps" / "toy"
+    folder.mkdir(parents=True)
+    ledger = Ledger(folder, json.loads(json.dumps(plan_of(space, Search(4)))))
+    ledger.update(parent=tracker.start("toy", "sweep", {}, tags=tags_of(base)))
+    tracker.origin(ledger.parent)
+    for number, knobs in enumerate(KNOBS, start=1):
+        store = StoredBackend(LocalBackend(outputs / "data"), outputs / "store", user="sweep/toy")
+        ledger.begin(number, knobs, {})
+        outcomes = list(run_stream(override(base, knobs), 0, store, label=f"trial {number} "))
+        metrics = mean_over_seeds((outcomes[-1],)) | {MEMORY_BYTES: 1.0, WORKER_SECONDS: 1.0,
+                                                      "computed_worker_seconds": store.reuse.computed_seconds,
+                                                      "reused_worker_seconds": store.reuse.reused_seconds}  # fmt: skip
+        ledger.change(number, state="FINISHED", metrics=metrics)
+    ledger.begin(4, KNOBS[0], {})
+    ledger.change(4, state="FAILED", error="DivergedError: the loss is not finite")
+    with open("/dev/null", "w") as nowhere:
+        test(override(base, KNOBS[1]), 2, store, tracker, ledger, Progress(nowhere, (1.0, 1.0), (0,), 1))
+    conclude(space.objectives, ledger, tracker, "")
+    tracker.end(ledger.parent)
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """A comparison of two entries over two seeds, a sweep of four trials and a run, each with its report."""
+    root = tmp_path_factory.mktemp("outputs")
+    space = root / "reported_toys.py"
+    space.write_text(SPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+        def call(verb, *arguments):
+            patch.setattr("sys.argv", [verb.__name__, *arguments, "--outputs", str(root)])
+            assert cli.main(verb) == 0
+
+        call(compare.compare, str(space), "--local", "--seeds", "0,1", "--name", "toys", "--no-report")
+        call(run.run, str(space), "--local", "--name", "lonely")
+        a_sweep(root)
+        call(report, "toys")
+        call(report, "toy")
+        call(report, "lonely")
+    return root
+
+
+@pytest.fixture(scope="module")
+def comparison(outputs):
+    return Page((outputs / "comparisons" / "toys" / "report.html").read_text())
+
+
+@pytest.fixture(scope="module")
+def searched(outputs):
+    return Page((outputs / "sweeps" / "toy" / "report.html").read_text())
+
+
+def test_a_comparisons_numbers_are_those_of_its_csv(outputs, comparison):
+    with open(outputs / "comparisons" / "toys" / "table.csv") as file:
+        expected = {line["entry"]: line for line in csv.DictReader(file)}
+    rows = comparison.rows("Setting 2-2, val")
+    assert [row["method"] for row in rows] == sorted(expected, key=lambda entry: -float(expected[entry]["val/miou/all"]))
+    for row in rows:
+        line = expected[row["method"]]
+        assert row["mIoU all"] == line["val/miou/all"]
+        assert row["drift"] == line["val/drift/old"]
+        assert row["to cmr"] == line["val/miou/all/difference"]
+    with open(outputs / "comparisons" / "toys" / "streams.csv") as file:
+        streams = list(csv.DictReader(file))
+    found = comparison.rows("Streams, after the last task")
+    assert [(row["method"], row["seed"], row["val/miou/new"]) for row in found] == [
+        (line["entry"], line["seed"], line["val/miou/new"]) for line in streams
+    ]
+    best = max(
+        (line for line in expected.values() if line["entry"] != "background alone"),
+        key=lambda line: float(line["val/miou/all"]),
+    )
+    assert f"a mean IoU of {float(best['val/miou/all']):.3f} ± " in comparison.text
+
+
+def test_a_sweeps_numbers_are_those_of_its_csv(outputs, searched):
+    with open(outputs / "sweeps" / "toy" / "trials.csv") as file:
+        expected = list(csv.DictReader(file))
+    rows = searched.rows("Trials, best first")
+    assert [row["trial"] for row in rows] == [line["trial"] for line in expected]
+    assert [row["val/miou/all"] for row in rows] == [line["val/miou/all"] for line in expected]
+    assert [row["samples_per_class"] for row in rows] == [line["method.samples_per_class"] for line in expected]
+    assert rows[-1]["error"] == "DivergedError: the loss is not finite"
+    assert f"val/miou/all {float(expected[0]['val/miou/all']):.4f}" in searched.text
+    tested = [row for row in searched.rows("The best configuration") if row["split"] == "test"]
+    ((parent,),) = [runs(outputs, "sweep")]
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    (stream,) = [each for each in runs(outputs, "stream") if each.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    logged = [point.value for point in client.get_metric_history(stream.info.run_id, "test/miou/all")]
+    assert [float(row["mIoU all"]) for row in tested] == logged
+    assert "report.html" in [item.path for item in client.list_artifacts(parent.info.run_id)]
+
+
+def runs(outputs, kind):
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    experiment = client.get_experiment_by_name("cavs")
+    return list(client.search_runs([experiment.experiment_id], f"tags.kind = '{kind}'"))
+
+
+@pytest.mark.parametrize("name", ["comparisons/toys", "sweeps/toy", "reports/lonely"])
+def test_a_page_needs_nothing_else_and_is_small(outputs, name):
+    text = (outputs / name / "report.html").read_text()
+    assert len(text) < 4 * 2**20  # toys; the limit is 20 MB
+    read = Page(text)
+    assert {address.split(":")[0].split("#")[0] for address in read.addresses} <= {"data", ""}
+    assert not re.search(r"url\((?!['\"]?#)|@import|https?://(?!www\.w3\.org/)", text)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text)
+    assert {one or other for one, other in used} <= set(ids)
+    assert all(f"--{each}" not in text for each in ("1a1a1b", "c9c9ca"))
+    assert len(re.findall(r"<svg ", text)) == len(re.findall(r'<svg role="img" aria-label="[^"]{20,}', text))
+    assert "-m orchestrator." in read.text
+    assert "mlflow" in read.text
+
+
+def test_names_from_outside_are_text(outputs, comparison):
+    text = (outputs / "comparisons" / "toys" / "report.html").read_text()
+    assert "<img src=x" not in text
+    assert HOSTILE in comparison.text
+
+
+def test_kept_and_rejected_clips_are_shown_with_their_delta(outputs, comparison):
+    assert "Training clips of task 1: kept in the memory" in comparison.text
+    assert "rejected, with the largest |delta|" in comparison.text
+    tracker = Tracker(f"sqlite:///{outputs}/mlflow.db", outputs / "artifacts")
+    source = sources.find("comparisons/toys", outputs, tracker)
+    (stream, _) = source.of("cmr", "2-2")
+    scores = stream.tasks[0].scores
+    kept = {row["sample_id"] for row in stream.tasks[0].memory}
+    shown = re.findall(
+        r"(train-\d+)sounding: [^;]+; IoU ([\d.]+) with sound, ([\d.]+) without: delta ([+-][\d.]+)", comparison.text
+    )
+    assert len(shown) == 2 * 3
+    for number, (sample, *values) in enumerate(shown):
+        place = scores["sample_ids"].index(sample)
+        both, alone, delta = (scores["columns"][name][place] for name in ("audio_visual", "visual_only", "delta"))
+        assert [float(value) for value in values] == pytest.approx([both, alone, delta], abs=6e-4)
+        assert (sample in kept) == (number < 3)
+    largest = max((each for each in scores["sample_ids"] if each not in kept),
+                  key=lambda each: abs(scores["columns"]["delta"][scores["sample_ids"].index(each)]))  # fmt: skip
+    assert abs(scores["columns"]["delta"][scores["sample_ids"].index(shown[3][0])]) == abs(
+        scores["columns"]["delta"][scores["sample_ids"].index(largest)]
+    )
+
+
+def test_clips_for_which_there_is_no_room_are_left_out_and_told():
+    tile = Tile("frame", "a frame", "data:" + "x" * 95)
+    clip = Clip("one", ("bell",), "", (tile,), (), "data:" + "y" * 45, 1.0)
+    room = page.Room(pictures=200, sounds=50)
+    text = page.clips([clip] * 3, room)
+    assert text.count("<article") == 2
+    assert text.count("<audio") == text.count("Its sound was left out") == 1
+    assert "1 clips were left out" in text
+
+
+def test_a_missing_checkpoint_is_told_in_its_place(outputs, tmp_path):
+    shutil.copytree(outputs, tmp_path / "outputs", ignore=shutil.ignore_patterns("networks"))
+    tracker = Tracker(f"sqlite:///{outputs}/mlflow.db", outputs / "artifacts")
+    source = sources.find("toys", tmp_path / "outputs", tracker)
+    told = []
+    text = sections.written(source, sections.Wishes(told=told.append))
+    assert "Clips cannot be shown: no checkpoint at" in text
+    assert told
+    assert told[0].startswith("no clips of ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nobody",), ("'nobody'", "sweeps/toy", "comparisons/toys")),
+        (("0" * 32,), ("0" * 32,)),
+        (("toys", "--split", "test"), ("--split", "'test'", "val")),
+        (("toys", "--entry", "plop"), ("--entry", "'plop'", "cmr")),
+    ],
+)
+def test_bad_arguments_are_told_with_the_valid_ones(outputs, monkeypatch, capsys, arguments, words):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr("sys.argv", ["report", *arguments, "--outputs", str(outputs)])
+    assert cli.main(report) == 2
+    message = capsys.readouterr().err
+    for word in words:
+        assert word in message
+
+
+def test_a_report_that_fails_is_told_and_fails_nothing_else(tmp_path, capsys):
+    cli.write_report("sweeps/nobody", tmp_path)
+    shown = capsys.readouterr().out
+    assert "no report (error: 'sweeps/nobody' is no sweep" in shown
+    assert "python -m orchestrator.report sweeps/nobody" in shown
+
+
+def test_the_knob_that_moves_the_objective_is_the_important_one():
+    knobs = {name: {"name": "FloatDistribution", "attributes": {"low": 0.0, "high": 1.0, "step": None, "log": False}}
+             for name in ("idle", "strong")}  # fmt: skip
+    rng = np.random.default_rng(0)
+    trials = [({"idle": float(idle), "strong": float(strong)}, float(strong)) for idle, strong in rng.random((20, 2))]
+    shares = importance(knobs, trials, "max")
+    assert shares["strong"] > 0.8 > 0.2 > shares["idle"]
+    assert importance(knobs, trials[:2], "max") == {}
+
+
+def test_figures_leave_no_trace_and_hold_what_they_are_given():
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    drawn = figures.over_tasks({"a": [[0.1, None, 0.3], [0.3, None, 0.5]], "b": [[0.5, 0.4, 0.3]]}, "mean IoU")
+    lines = [line for line in drawn.axes[0].lines if line.get_label() == "a"]
+    assert lines[0].get_xdata().tolist() == [1, 3]
+    assert lines[0].get_ydata().tolist() == pytest.approx([0.2, 0.4])
+    assert figures.png(drawn).startswith(b"\x89PNG")
+    text = figures.svg(drawn, "one")
+    assert "currentColor" in text
+    assert "var(--line)" in text
+    bars = figures.timeline([(0.0, 4.0, "training", "1"), (1.0, 2.0, "scoring", "2"), (2.0, 3.0, "scoring", "2")])
+    assert [label.get_text() for label in bars.axes[0].get_yticklabels()] == ["1", "2"]  # two lanes hold them
+    paused = figures.timeline([(0.0, 4.0, "training", "1"), (1000.0, 1006.0, "training", "2")]).axes[0]
+    assert [bar.get_x() for bar in paused.patches[:2]] == [0.0, 5.0]  # a pause is no longer than a tenth of the work
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_clip_that_is_heard_is_the_benchmarks():
+    benchmark = cli.load_space("tones").base.benchmark
+    wave = benchmark.waveform("val", 0)
+    spectrum = np.abs(np.fft.rfft(wave))
+    loudest = np.fft.rfftfreq(len(wave), 1 / 16000)[spectrum.argmax()]
+    pitches = [benchmark.pitch_hz(class_id) for class_id in benchmark.samples("val")[0].classes]
+    assert min(abs(loudest - pitch) for pitch in pitches) < 1
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """One headless browser for all pages."""
+    if not (Path(CHROMIUM).exists() and Path(DRIVER).exists()):
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
+                 "disable-component-update", "disable-sync", f"user-data-dir={profile}", "window-size=1280,900"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+LOADED = """
+const done = arguments[0], sounds = [...document.querySelectorAll("audio")];
+const look = () => sounds.every((each) => each.readyState >= 1 || each.error)
+  ? done(sounds.map((each) => each.error ? -1 : each.duration)) : setTimeout(look, 50);
+look();
+"""
+COLUMN = "return [...arguments[0].tBodies[0].rows].map((row) => row.children[arguments[1]].dataset.value)"
+
+
+@pytest.mark.parametrize("name", ["comparisons/toys", "sweeps/toy"])
+def test_in_a_browser(outputs, browser, name):
+    browser.get((outputs / name / "report.html").as_uri())
+    browser.set_script_timeout(10)
+    durations = browser.execute_async_script(LOADED)
+    assert len(durations) >= 6
+    assert durations == pytest.approx([2.0] * len(durations))  # a clip of tones has two frames, a second each
+    assert browser.execute_script("return [...document.images].every((each) => each.complete && each.naturalWidth > 0)")
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('figure svg')].every((each) => each.getBoundingClientRect().height > 40)"
+    )
+    # A table sorts at a click, and the other way at the next.
+    found = browser.find_element("css selector", "#results table")
+    heads = [each.text.split()[0] for each in found.find_elements("css selector", "thead button")]
+    column = heads.index("mIoU" if name.startswith("comparisons") else "val/miou/all")
+    button = found.find_elements("css selector", "thead button")[column]
+    orders = []
+    for _ in range(2):
+        browser.execute_script("arguments[0].click()", button)
+        values = browser.execute_script(COLUMN, found, column)
+        orders.append([float(value) for value in values if value])
+        assert values[len(orders[-1]) :] == [""] * (len(values) - len(orders[-1]))  # empty cells come last
+    assert orders == [sorted(orders[0], reverse=True), sorted(orders[0])]
+    assert len(orders[0]) == 3
+    heading = button.find_element("xpath", "..")
+    assert heading.get_attribute("aria-sort") == "ascending"
+    # A phone: the page is as wide as the screen, and wide tables scroll within it.
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 375, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    )
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 375
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
