@@ -53,9 +53,9 @@ SCORING_SPEEDUP = 3.0  # a pass without gradients against a training pass, rough
 WORKER_ENVIRONMENT = {
     # At the default poll interval of two seconds a fit takes ten seconds more than its work.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    # How long a fit waits for room until it looks again which nodes are alive. That a second network waits for the workers of
-    # the first is no failure, and is not counted as one.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    # How long a fit waits for room until it looks again which nodes are alive, for the price of a process: a node that was just
+    # lost counts as alive for some seconds. That a second network waits for the workers of the first is no failure.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_V2_ENABLED": "1",
     # Large tensors are otherwise mapped from the system and faulted in anew at every step: 7 % of a step on CPU, and more.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -302,7 +302,7 @@ class RayBackend:
         while True:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
             found = sum(min(int(node.get(kind, 0) // amount) for kind, amount in self._per_worker.items()) for node in nodes)
-            if found >= self.resources.min_workers:
+            if found >= min(self.resources.min_workers, self.resources.workers):
                 return min(found, self.resources.workers)
             if time.monotonic() - told > WAIT_NOTE_SECONDS:
                 told = time.monotonic()

@@ -26,7 +26,10 @@ from random_kills import run as run_random_kills
 from random_kills import undisturbed as undisturbed_sweep
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning"),
+]
 
 LONG = ("--set", "schedule.base_epochs=20", "--set", "schedule.epochs=2")  # a base task long enough to be hit
 SWEEP = ("tones", "--trials", "2", "--sampler", "tpe", *LONG)
@@ -71,9 +74,9 @@ def ended_alike(outputs: Path, undisturbed: Path) -> None:
 
 @pytest.mark.parametrize(("name", "arguments", "number"), [
     ("compare", ("tones", "--seeds", "0,1", "--name", NAME, *LONG), signal.SIGTERM),
-    pytest.param("sweep", SWEEP, signal.SIGTERM, marks=pytest.mark.faults),
-    pytest.param("sweep", SWEEP, signal.SIGINT, marks=pytest.mark.faults),
-    pytest.param("run", ("tones", *LONG), signal.SIGINT, marks=pytest.mark.faults),
+    ("sweep", SWEEP, signal.SIGTERM),
+    ("sweep", SWEEP, signal.SIGINT),
+    ("run", ("tones", *LONG), signal.SIGINT),
 ])  # fmt: skip
 def test_an_interrupt_ends_a_verb_cleanly(
     name: str, arguments: tuple[str, ...], number: signal.Signals, tmp_path: Path, record: Callable[..., None]
@@ -95,7 +98,6 @@ def test_an_interrupt_ends_a_verb_cleanly(
     record(f"{number.name} to `{name}`", "in the base task", f"status 130 after {seconds:.0f} s", "runs are KILLED")
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize(("title", "what"), [("RayTrainWorker", "a train worker"), ("ImplicitFunc", "a trial's driver")])
 def test_sigkill_below_a_sweep(title: str, what: str, undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     with running(sweep(tmp_path)) as process:
@@ -108,7 +110,6 @@ def test_sigkill_below_a_sweep(title: str, what: str, undisturbed: Path, tmp_pat
     record(f"SIGKILL of {what}", "in the base task", "at most the networks in flight", "trials.csv, best.json: all bytes")
 
 
-@pytest.mark.faults
 def test_three_random_kills_of_a_sweep(undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     found = run_random_kills(tmp_path, undisturbed, 3, 0, SWEEP)
     record("SIGKILL of the sweep, three times", f"{', '.join(found['killed_after'])} of {found['undisturbed_seconds']} s",
@@ -147,7 +148,6 @@ def tell(process: Process, order: str) -> None:
     process.popen.stdin.flush()
 
 
-@pytest.mark.faults
 def test_ray_job_stop(undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
     with cluster("2") as nodes:
         stop_a_job(nodes, tmp_path)
@@ -182,14 +182,13 @@ def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
     assert kept(before, made(tmp_path))
 
 
-@pytest.mark.faults
 def test_a_node_is_killed(tmp_path: Path, record: Callable[..., None]) -> None:
     """Two nodes of a CPU each hold a worker each; the task goes on with the one that is left."""
     reference = result_of(Here(tmp_path / "calm", plain=True))
-    root = tmp_path / "killed"
+    root, impatient = tmp_path / "killed", {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
     with (
         cluster("1", "1") as nodes,
-        running(stream(root, "--workers", "2", "--plain"), nodes.joined) as process,
+        running(stream(root, "--workers", "2", "--plain"), {**nodes.joined, **impatient}) as process,
     ):
         process.until(lambda: any(epochs[-1:] == [3] for epochs in epochs_of(process).values()))
         tell(nodes.process, "kill")
@@ -210,7 +209,6 @@ def test_a_node_is_killed(tmp_path: Path, record: Callable[..., None]) -> None:
            f"metrics, largest difference to one worker {difference:.1g}")  # fmt: skip
 
 
-@pytest.mark.faults
 def test_asha_prunes_on_ray(tmp_path: Path, record: Callable[..., None]) -> None:
     """Three tasks: after the first one all trials are equal, for they share the base task."""
     process = finished(
@@ -239,7 +237,6 @@ def port_of_nobody() -> int:
         return int(made_socket.getsockname()[1])
 
 
-@pytest.mark.faults
 def test_the_mlflow_server_is_away_for_a_while(tmp_path: Path, record: Callable[..., None]) -> None:
     away = float(os.environ.get("FAULT_MLFLOW_SECONDS", "60"))
     port, database = port_of_nobody(), tmp_path / "server.db"
