@@ -128,6 +128,7 @@ def test_two_on_one_store(undisturbed: Reference, tmp_path: Path, record: Callab
            "all bits")  # fmt: skip
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["networks", "scores", "counts", "interim"])
 def test_damage(kind: str, undisturbed: Reference, tmp_path: Path, record: Callable[..., None]) -> None:
     with running(stream(tmp_path)) as process:
