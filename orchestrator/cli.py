@@ -319,4 +319,5 @@ def main(verb: Callable[[], int]) -> int:
 
 
 def _interrupt(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever repeats it within seconds must not cut off the orderly end
     raise KeyboardInterrupt

@@ -296,17 +296,22 @@ class _Job:
                         raise error
                     if error is not None:
                         failed[stream.name] = redacted(f"{type(error).__name__}: {error}")
+        except BaseException as error:
+            # Before the cluster ends, which streams that are cut off would take for a failure of their own.
+            self.stop("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
         finally:
             # A stream that is cut off waits inside the backend; it ends when the cluster does.
             pool.shutdown(wait=False, cancel_futures=True)
         return failed
 
     def stop(self, status: str) -> None:
-        """Ends the MLflow runs of streams that were cut off; nothing more is written."""
-        with self._writing():
-            self._stopped = True
-            for name in self._open:
-                self.tracker.end(self.ledger.runs[name], status)
+        """Ends the MLflow runs of streams that were cut off; nothing more is written. A second call does nothing."""
+        with self._lock:
+            if not self._stopped:
+                self._stopped = True
+                for name in self._open:
+                    self.tracker.end(self.ledger.runs[name], status)
 
     def _stream(self, stream: Stream, backend: Callable[[Stream], Backend]) -> None:
         label = {"label": stream.name, "trial": stream.name}

@@ -40,10 +40,13 @@ class Resources:
     workers: int = 1  # data-parallel processes
     cpus_per_worker: int = 1  # threads of each
     gpus_per_worker: float = 0.0  # may be a fraction; 0 trains on CPU
+    min_workers: int = 1  # where nodes are lost, a task goes on with no fewer than these; as many as `workers` or more: all
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise InputError(f"resources.workers must be at least 1, not {self.workers}")
+        if self.min_workers < 1:
+            raise InputError(f"resources.min_workers must be at least 1, not {self.min_workers}")
         if self.cpus_per_worker < 1:
             raise InputError(f"resources.cpus_per_worker must be at least 1, not {self.cpus_per_worker}")
         if not (0 <= self.gpus_per_worker <= 1 or float(self.gpus_per_worker).is_integer()):

@@ -9,6 +9,9 @@ import logging
 import math
 import os
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +26,12 @@ import ray.train.torch
 import torch
 import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.train.v2._internal.exceptions import (
+    InsufficientClusterResourcesError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,15 +48,16 @@ from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
 from orchestrator.progress import BlockNotes, Event, silent
 
-CONTROLLER_FAILURES = 3  # the default is unlimited: a fit that can never start would be tried for ever
-WORKER_FAILURES = 3  # after which a fit whose workers die, by whatever, is given up
+WORKER_FAILURES = 3  # after which a fit whose workers die or cannot start, by whatever, is given up
+WAIT_NOTE_SECONDS = 60.0  # between two notes that a fit waits for nodes
 CHUNK_SECONDS = 1.0  # shorter Ray tasks cost more to hand out than to do
 SCORING_SPEEDUP = 3.0  # a pass without gradients against a training pass, roughly
 WORKER_ENVIRONMENT = {
     # At the default poll interval of two seconds a fit takes ten seconds more than its work.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
-    # A second network waits for the workers of the first where both do not fit; that is no failure.
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "86400",
+    # How long a fit waits for room until it looks again which nodes are alive, for the price of a process: a node that was just
+    # lost counts as alive for some seconds. That a second network waits for the workers of the first is no failure.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_V2_ENABLED": "1",
     # Large tensors are otherwise mapped from the system and faulted in anew at every step: 7 % of a step on CPU, and more.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
@@ -187,6 +196,8 @@ def connected(verbose: bool = False) -> Iterator[Cluster]:
     variables = {name: os.environ[name] for name in (*WORKER_ENVIRONMENT, *PASSED_ON) if name in os.environ}
     # A job that sets one of them too would otherwise be refused, even where the values agree.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
+    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the block would start a cluster of its own
+    handlers = _handlers()
     try:
         context = ray.init(
             address="local" if started_here else os.environ["RAY_ADDRESS"],
@@ -198,6 +209,7 @@ def connected(verbose: bool = False) -> Iterator[Cluster]:
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         where = "start a local Ray cluster" if started_here else f"join the Ray cluster at {os.environ['RAY_ADDRESS']}"
         raise InputError(f"cannot {where}: {error}") from error
+    _restore(handlers)  # Ray's own end the process there and then, and write the C++ stack to stderr
     try:
         there = resources()
         yield Cluster(
@@ -209,6 +221,17 @@ def connected(verbose: bool = False) -> Iterator[Cluster]:
         )
     finally:
         ray.shutdown()
+
+
+def _handlers() -> dict[int, Any]:
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @ray.remote(num_cpus=0)
@@ -286,8 +309,12 @@ class RayBackend:
         return str(self.cache_root)
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
-        with ThreadPoolExecutor(len(jobs), thread_name_prefix="fit") as pool:
+        pool = ThreadPoolExecutor(len(jobs), thread_name_prefix="fit")
+        try:
             return list(pool.map(self._fit, jobs))
+        finally:
+            # After an interrupt the fits end with the connection, and not before: waiting for them here would be for ever.
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
         models = {network: checkpoint.read(Path(path)) for network, path in checkpoints.items()}
@@ -317,38 +344,74 @@ class RayBackend:
             torch.set_num_threads(threads)
             train_task(job, RayWorker(mailbox))
 
-        per_worker = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
-        name = Path(job.output).name.strip(".")
+        name, note = Path(job.output).name.strip("."), self._note_of(job)
+        failures, begun_with = 0, 0
         # The tries are counted here and not by Ray, which would repeat what fails in the same way every time. A further try
-        # goes on from job.resume.
-        for left in reversed(range(WORKER_FAILURES + 1)):
+        # goes on from job.resume, on as many workers as there is room for by then.
+        while True:
+            workers = self._room(note)
+            if workers != (begun_with or self.resources.workers):
+                note(f"goes on with {workers} of {self.resources.workers} workers, which is what fits the nodes there are")
+            begun_with = workers
             try:
-                self._try(loop, name, per_worker)
-                break
+                self._try(loop, name, workers)
+                return job.output
             except TrainingFailedError as error:
                 cause = _cause(error)
-                if not left or cause is not error or not isinstance(error, WorkerGroupError):
+                if cause is not error:
                     raise cause from error
-                if mailbox is not None:
-                    text = f"{job.label or job.network}: a worker failed and is replaced ({_line(error)})"
-                    mailbox.post.remote({"kind": "note", "label": job.label, "text": text})
+                if isinstance(error, PreemptionError):
+                    note(f"its workers were preempted ({_line(error)})")
+                elif not _found_no_room(error):
+                    failures += 1
+                    if failures > WORKER_FAILURES or not _by_a_worker(error):
+                        raise
+                    note(f"a worker failed and is replaced ({_line(error)})")
             finally:
                 shutil.rmtree(self.scratch / name, ignore_errors=True)
-        return job.output
 
-    def _try(self, loop: Callable[[], None], name: str, per_worker: Mapping[str, float]) -> None:
-        """One fit. TrainingFailedError where a worker fails or none can be had; what is to be had again is waited for."""
+    def _room(self, note: Callable[[str], None]) -> int:
+        """Workers that fit the nodes that are alive, at most `resources.workers`; waits for `resources.min_workers`.
+
+        Whether others use the room now does not matter: they end, while a node that is lost may never come back.
+        """
+        told = float("-inf")
+        while True:
+            nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+            found = sum(min(int(node.get(kind, 0) // amount) for kind, amount in self._per_worker.items()) for node in nodes)
+            if found >= min(self.resources.min_workers, self.resources.workers):
+                return min(found, self.resources.workers)
+            if time.monotonic() - told > WAIT_NOTE_SECONDS:
+                told = time.monotonic()
+                note(f"waits: {found} workers fit the nodes there are, resources.min_workers is {self.resources.min_workers}")
+            time.sleep(1)
+
+    def _note_of(self, job: TaskJob) -> Callable[[str], None]:
+        def note(text: str) -> None:
+            if self.mailbox is not None:
+                text = f"{job.label or job.network}: {text}"
+                self.mailbox.post.remote({"kind": "note", "label": job.label, "text": text})
+
+        return note
+
+    @property
+    def _per_worker(self) -> dict[str, float]:
+        needs = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
+        return {kind: amount for kind, amount in needs.items() if amount}
+
+    def _try(self, loop: Callable[[], None], name: str, workers: int) -> None:
+        """One fit. TrainingFailedError where a worker fails, or there was no room for a while (`_found_no_room`)."""
         trainer = ray.train.torch.TorchTrainer(
             loop,
             scaling_config=ScalingConfig(
-                num_workers=self.resources.workers,
+                num_workers=workers,
                 use_gpu=self.resources.gpus_per_worker > 0,
-                resources_per_worker={kind: amount for kind, amount in per_worker.items() if amount},
+                resources_per_worker=self._per_worker,
             ),
             run_config=RunConfig(
                 name=name,
                 storage_path=str(self.scratch),
-                failure_config=FailureConfig(max_failures=0, controller_failure_limit=CONTROLLER_FAILURES),  # type: ignore[call-arg]
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
         trainer.fit()
@@ -443,9 +506,26 @@ def _cause(error: TrainingFailedError) -> BaseException:
     return error
 
 
-def _line(error: WorkerGroupError) -> str:
+def _found_no_room(error: TrainingFailedError) -> bool:
+    """Whether a fit ended because its workers did not fit beside others, or not even alone: nothing of it failed."""
+    without_room = InsufficientClusterResourcesError | WorkerGroupStartupTimeoutError
+    return isinstance(error, ControllerError) and isinstance(error.controller_failure, without_room)
+
+
+def _by_a_worker(error: TrainingFailedError) -> bool:
+    """Whether a fit ended because a worker failed, at its work or while it started."""
+    if isinstance(error, ControllerError):
+        return isinstance(error.controller_failure, WorkerGroupStartupFailedError)
+    return isinstance(error, WorkerGroupError)
+
+
+def _line(error: TrainingFailedError) -> str:
     """Why the first of the workers failed, in a line."""
-    failure = next(iter(error.worker_failures.values()), error)
+    failure: BaseException = error
+    if isinstance(error, WorkerGroupError):
+        failure = next(iter(error.worker_failures.values()), error)
+    elif isinstance(error, ControllerError):
+        failure = error.controller_failure
     lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
     # Ray's own words come first; a traceback ends with the error.
     return (lines[-1] if lines and lines[0].startswith("Traceback") else lines[0] if lines else type(failure).__name__)[:200]

@@ -397,6 +397,8 @@ def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, led
     """Runs the trials that the ledger does not have yet. Tune's own state lies beside it in tune/."""
     # Tune's own table of trials would run into our progress lines.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    # Its handler of SIGINT would end the search as if all trials had been run.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     mailbox, objective = plan.backend.mailbox, plan.objectives[0]
     algorithm = StudySearch(space, plan.objectives, ledger, wanted, lambda event: ray.get(mailbox.post.remote(event)))
     scheduler = None

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,12 @@ def _base_job(root: Path, **changes: object) -> TaskJob:
 
 def _workers() -> list[psutil.Process]:
     """The training workers of the cluster that this process started."""
-    return [each for each in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(each.cmdline())]
+    found = []
+    for each in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # a zombie is one of these
+            if "RayTrainWorker" in " ".join(each.cmdline()):
+                found.append(each)
+    return found
 
 
 def test_a_killed_worker_is_replaced_and_the_task_goes_on_to_the_same_bits(cluster: Cluster, tmp_path: Path) -> None:
@@ -238,6 +244,38 @@ def test_a_killed_worker_is_replaced_and_the_task_goes_on_to_the_same_bits(clust
     assert not _workers()
 
 
+def test_after_a_killed_worker_a_task_goes_on_with_those_that_still_fit(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a node is lost, but that the node is lost on paper alone."""
+    backend = ray_backend(tmp_path, workers=2)
+    schedule = dataclasses.replace(SHORT.schedule, base_epochs=8)
+    job = _base_job(tmp_path, schedule=schedule, resume=str(tmp_path / "resume"), resume_seconds=0.0)
+    events: list[Event] = []
+    with ThreadPoolExecutor(1) as pool:
+        fit = pool.submit(backend.train, [job])
+        while not any(event.get("epoch") == 2 for event in events):
+            assert not fit.done()
+            events += drain(backend.mailbox)
+            time.sleep(0.02)
+        monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 1.0}}])
+        _workers()[0].kill()
+        fit.result()
+    events += drain(backend.mailbox)
+    notes = [event["text"].split(": ", 1)[1] for event in events if event["kind"] == "note"]
+    assert "a worker failed and is replaced" in notes[0]
+    assert notes[1] == "goes on with 1 of 2 workers, which is what fits the nodes there are"
+    assert notes[2].startswith("goes on after epoch")
+    assert checkpoint.read_about(tmp_path / "out").world_size == 1
+    LocalBackend(tmp_path / "data").train([dataclasses.replace(job, output=str(tmp_path / "local"), resume="")])
+    ours, theirs = (checkpoint.read_about(tmp_path / name).history for name in ("out", "local"))
+    assert len(ours) == 8
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine == pytest.approx(other, rel=2e-2)  # sums over two workers are rounded in another order
+    assert not list((tmp_path / "scratch").iterdir())
+    assert not _workers()
+
+
 def test_a_loss_that_diverges_is_told_as_itself_after_one_try(cluster: Cluster, tmp_path: Path) -> None:
     backend = ray_backend(tmp_path)
     with pytest.raises(DivergedError, match="is not finite"):
@@ -258,6 +296,27 @@ def test_what_does_not_fit_the_cluster_is_told_at_once(cluster: Cluster) -> None
     assert cluster.concurrent_jobs(Resources()) == int(cluster.cpus)
     half = dataclasses.replace(cluster, gpus=1.0)
     assert half.concurrent_jobs(Resources(gpus_per_worker=0.5)) == min(2, int(cluster.cpus))
+
+
+def test_a_fit_takes_the_workers_that_fit_the_nodes_alive_and_waits_for_the_least(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def node(cpus: float, alive: bool = True) -> dict[str, object]:
+        return {"Alive": alive, "Resources": {"CPU": cpus}}
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    backend = RayBackend(tmp_path, tmp_path, Resources(workers=4, cpus_per_worker=2, min_workers=2))
+    # Two nodes of 5 CPUs hold two workers each; three CPUs apart on two nodes hold none.
+    for nodes, workers in (([node(5), node(5)], 4), ([node(9), node(9)], 4), ([node(5), node(5, alive=False)], 2)):
+        monkeypatch.setattr(ray, "nodes", lambda nodes=nodes: nodes)
+        assert backend._room(lambda text: None) == workers
+    looks = iter(([], [node(3), node(1)], [node(4)]))
+    monkeypatch.setattr(ray, "nodes", lambda: next(looks))
+    notes: list[str] = []
+    assert backend._room(notes.append) == 2
+    assert notes == ["waits: 0 workers fit the nodes there are, resources.min_workers is 2"]
+    with pytest.raises(InputError, match=r"resources.min_workers must be at least 1, not 0"):
+        Resources(min_workers=0)
 
 
 def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
