@@ -151,7 +151,7 @@ def compare(report: Report, options: object, size: int, frames: int, clips: int,
         wall, _, faster, faster_cpu = times.row("ours", "loop")
         rows.append((name, times.row("loop", "loop")[0], wall, faster, faster_cpu))
     report.say(
-        f"{clips} clips of {frames} frames, {size} px, {num_old} + {num_classes - num_old} classes, from the predicted classes on:"
+        f"{clips} clips of {frames} frames, {size} px, {num_old} + {num_classes - num_old} classes, given the predictions:"
     )
     report.say()
     report.table(["", "loop, s", "ours, s", "times as fast by the clock", "by processor time"], rows)
