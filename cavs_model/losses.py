@@ -126,17 +126,15 @@ class _FineMeans(torch.autograd.Function):
         return _split(difference, parts).mean(-1), _split(difference.transpose(-1, -2), parts).mean(-1)
 
     @staticmethod
-    def backward(ctx: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, None, None]:
         (student,), parts = ctx.saved_tensors, ctx.parts
         height, width = student.shape[2:]
         ours = student.float()
         gradient = torch.empty_like(ours)
-        tall, wide = (parts, height // parts), (parts, width // parts)
-        along_rows = (2 * parts / width * rows).unflatten(2, tall).unsqueeze(5)  # [N D parts h/parts parts 1]
-        along_columns = (
-            (2 * parts / height * columns).transpose(2, 3).unflatten(3, wide).unsqueeze(3)
-        )  # [N D parts 1 parts w/parts]
-        torch.add(along_rows, along_columns, out=gradient.unflatten(3, wide).unflatten(2, tall))
+        n, depth, tall, wide = *student.shape[:2], height // parts, width // parts
+        along_rows = (2 * parts / width * rows).reshape(n, depth, parts, tall, parts, 1)
+        along_columns = (2 * parts / height * columns.transpose(2, 3)).reshape(n, depth, parts, 1, parts, wide)
+        torch.add(along_rows, along_columns, out=gradient.view(n, depth, parts, tall, parts, wide))
         return gradient.mul_(ours).to(student.dtype), None, None
 
 

@@ -132,7 +132,7 @@ class _JoinNew(torch.autograd.Function):
         return joined
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         background = gradient[:, :, :1].expand(-1, -1, ctx.num_classes - gradient.shape[2], -1, -1)
         return torch.cat([gradient, background], dim=2), None
 
