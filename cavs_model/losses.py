@@ -128,10 +128,10 @@ class _FineMeans(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, None, None]:
         (student,), parts = ctx.saved_tensors, ctx.parts
-        height, width = student.shape[2:]
+        n, depth, height, width = student.shape
+        tall, wide = height // parts, width // parts
         ours = student.float()
         gradient = torch.empty_like(ours)
-        n, depth, tall, wide = *student.shape[:2], height // parts, width // parts
         along_rows = (2 * parts / width * rows).reshape(n, depth, parts, tall, parts, 1)
         along_columns = (2 * parts / height * columns.transpose(2, 3)).reshape(n, depth, parts, 1, parts, wide)
         torch.add(along_rows, along_columns, out=gradient.view(n, depth, parts, tall, parts, wide))
