@@ -7,7 +7,7 @@ SPACE ?= cmr_collage
 ARGS ?=
 OUTPUTS ?= outputs
 
-.PHONY: sweep run test test-faults lint types layers pytest ui contact-sheet clean
+.PHONY: sweep run test test-faults lint types layers pytest bench ui contact-sheet clean
 
 sweep: $(INSTALLED)
 	$(BIN)/python -m orchestrator.sweep $(SPACE) --outputs $(OUTPUTS) $(ARGS)
@@ -34,6 +34,15 @@ pytest: $(INSTALLED)
 test-faults: $(INSTALLED)
 	mkdir -p $(OUTPUTS)
 	FAULT_RECORDS=$(abspath $(OUTPUTS))/faults.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "" $(ARGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.train_step --short $(ARGS)
+	$(BIN)/python -m benchmarks.train_step --network light --short $(ARGS)
+	$(BIN)/python -m benchmarks.scoring --short $(ARGS)
+	$(BIN)/python -m benchmarks.input --short $(ARGS)
+	$(BIN)/python -m benchmarks.ray_overhead --short $(ARGS)
+	$(BIN)/python -m benchmarks.sweep_cost --short $(ARGS)
+	$(BIN)/python -m benchmarks.scaling_model
 
 ui: $(INSTALLED)
 	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(OUTPUTS))/mlflow.db

@@ -167,7 +167,7 @@ def count(
     no_frame = torch.zeros(0, 1, 1, dtype=torch.int64, device=device)
     counts = measure(no_frame, no_frame, num_classes)
     for batch in batches:
-        counts += measure(network(batch).logits.argmax(dim=2), batch.label, num_classes)
+        counts += measure(network(batch).classes, batch.label, num_classes)
     return counts
 
 
@@ -188,5 +188,5 @@ def passes(
 ) -> Iterator[Batch]:
     """The samples in order, as batches on the device."""
     shards = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
-    for batch in prefetch(shards, lambda ids: split.batch(ids, [False] * len(ids), [table] * len(ids))):
+    for batch in prefetch(shards, lambda ids: split.batch(ids, [False] * len(ids), [table] * len(ids)).trimmed()):
         yield batch.to(device)

@@ -10,6 +10,8 @@ the same mean. A part without anything to count has total 0 and count 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -84,9 +86,15 @@ def local_pod(student: Tensor, teacher: Tensor, real_frame: Tensor, scales: tupl
     height, width = student.shape[-2:]
     usable = tuple(scale for scale in scales if scale <= min(height, width))
     # Pooling is linear, so the difference of the pooled squares is the pooled difference of the squares: one map, pooled once.
-    difference = (student.float().square() - teacher.detach().float().square()).flatten(0, 1)
-    along_rows = _interval_means(difference, usable)  # [N D h s]
-    along_columns = _interval_means(difference.transpose(-1, -2), usable)  # [N D w s]
+    ours, theirs, finest = student.flatten(0, 1), teacher.detach().flatten(0, 1), max(usable)
+    if height % finest or width % finest or any(finest % scale for scale in usable):
+        difference = ours.float().square() - theirs.float().square()
+        along_rows = _interval_means(difference, usable)  # [N D h s]
+        along_columns = _interval_means(difference.transpose(-1, -2), usable)  # [N D w s]
+    else:
+        # The finest intervals tile those of all other scales: what is coarser comes from their means.
+        fine = _FineMeans.apply(ours, theirs, finest)  # type: ignore[no-untyped-call]
+        along_rows, along_columns = ([_split(means, scale).mean(-1) for scale in usable] for means in fine)
     norms = [
         torch.linalg.vector_norm(means[:, :, : size // scale * scale], dim=(1, 2, 3))
         for pooled, size in ((along_rows, height), (along_columns, width))
@@ -97,20 +105,37 @@ def local_pod(student: Tensor, teacher: Tensor, real_frame: Tensor, scales: tupl
 
 
 def _interval_means(values: Tensor, scales: tuple[int, ...]) -> list[Tensor]:
-    """Per scale s the means [... s] over the s intervals of n // s cells of the last axis of `values` [... n].
+    """Per scale s the means [... s] over the s intervals of n // s cells of the last axis of `values` [... n]."""
+    size = values.shape[-1]
+    return [_split(values[..., : size // scale * scale], scale).mean(-1) for scale in scales]
 
-    Where the finest intervals tile those of all other scales, the map is read once and the coarser means come from the finest.
+
+class _FineMeans(torch.autograd.Function):
+    """Means of student^2 - teacher^2 over `parts` intervals of every row [N D h parts] and every column [N D w parts].
+
+    From maps [N D h w] whose sides `parts` divides. By hand, because the gradient 2 student (row's + column's) takes two passes
+    over the map in the layout it has, where autograd takes seven and keeps the difference.
     """
-    size, finest = values.shape[-1], max(scales)
 
-    def direct(scale: int) -> Tensor:
-        length = size // scale
-        return _split(values[..., : length * scale], scale).mean(-1)
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(student)
+        ctx.parts = parts
+        # Not addcmul_: fused, it would leave a rounding error where both are equal.
+        difference = student.float().square().sub_(teacher.float().square())
+        return _split(difference, parts).mean(-1), _split(difference.transpose(-1, -2), parts).mean(-1)
 
-    if size % finest or any(finest % scale for scale in scales):
-        return [direct(scale) for scale in scales]
-    fine = direct(finest)
-    return [_split(fine, scale).mean(-1) for scale in scales]
+    @staticmethod
+    def backward(ctx: Any, rows: Tensor, columns: Tensor) -> tuple[Tensor, None, None]:
+        (student,), parts = ctx.saved_tensors, ctx.parts
+        n, depth, height, width = student.shape
+        tall, wide = height // parts, width // parts
+        ours = student.float()
+        gradient = torch.empty_like(ours)
+        along_rows = (2 * parts / width * rows).reshape(n, depth, parts, tall, parts, 1)
+        along_columns = (2 * parts / height * columns.transpose(2, 3)).reshape(n, depth, parts, 1, parts, wide)
+        torch.add(along_rows, along_columns, out=gradient.view(n, depth, parts, tall, parts, wide))
+        return gradient.mul_(ours).to(student.dtype), None, None
 
 
 def _split(values: Tensor, parts: int) -> Tensor:

@@ -137,7 +137,7 @@ def train_task(job: TaskJob, worker: Worker) -> None:
     teacher = frozen(checkpoint.load(Path(job.start)), numbers) if job.start and job.has_teacher else None
     prepared = _prepare(job, worker, teacher, split)
     penalty = _penalty(job, worker, student)
-    optimiser = torch.optim.Adam(student.parameters(), lr=job.schedule.learning_rate)
+    optimiser = torch.optim.Adam(student.parameters(), lr=job.schedule.learning_rate, fused=True)
     choice = _Choice(job, worker, numbers)
     history: list[Mapping[str, float]] = []
     epochs = job.schedule.epochs_of(job.task)
@@ -264,9 +264,9 @@ def _epoch(job: TaskJob, worker: Worker, split: DecodedSplit, epoch: int) -> _Ep
         batch = split.batch(ids, rehearsed, [seen if again else new for again in rehearsed])
         due = [(place, paste) for place, (each, again) in enumerate(part) if not again for paste in pastes.get(each, ())]
         if not due:
-            return batch
+            return batch.trimmed()
         stored = split.batch([paste.instance_id for _, paste in due], [True] * len(due), [seen] * len(due))
-        return job.method.compose(batch, stored, [(place, paste.class_id) for place, paste in due])
+        return job.method.compose(batch, stored, [(place, paste.class_id) for place, paste in due]).trimmed()
 
     return _Epoch((batch.to(worker.device) for batch in prefetch(mine, load)), len(batches))
 
@@ -379,7 +379,8 @@ class _Resumption:
             if state:
                 # In the layout that Adam gives them itself; another one may round otherwise.
                 optimiser.state[parameter] = {
-                    key: value if key == "step" else torch.empty_like(parameter).copy_(value) for key, value in state.items()
+                    key: value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
+                    for key, value in state.items()
                 }
         choice.best, choice.weights = found.best, _under("best", found.tensors)
         history.extend(found.history)

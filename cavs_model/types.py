@@ -125,6 +125,18 @@ class Batch:
         }
         return replace(self, **moved)
 
+    def trimmed(self) -> Batch:
+        """The batch, on the CPU, without its last frames where these pad every clip; at least one frame stays.
+
+        No result depends on padding; maps and losses of frames that nobody computes still cost memory and time.
+        """
+        frames = max(1, int((self.real_frame.any(0) * torch.arange(1, self.real_frame.shape[1] + 1)).max()))
+        if frames == self.real_frame.shape[1]:
+            return self
+        per_frame = ("image", "audio", "label", "real_frame", "labelled_frame", "audio_feature")
+        values = {name: getattr(self, name) for name in per_frame}
+        return replace(self, **{name: value[:, :frames] for name, value in values.items() if value is not None})
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -138,6 +150,11 @@ class Prediction:
     logits: Tensor
     features: tuple[Tensor, ...]
     encoder: tuple[Tensor, ...] = ()
+
+    @property
+    def classes(self) -> Tensor:
+        """The class of each pixel's greatest logit, int64 [B T H W]; of equal ones the first."""
+        return self.logits.max(2).indices  # argmax takes half as long again over an axis that is not the last
 
 
 Network = Callable[[Batch], Prediction]

@@ -110,7 +110,7 @@ class CMR(RehearsalMethod):
         pairs the first by old, then by new class.
         """
         with torch.no_grad():
-            prediction = models[AUDIO_VISUAL](batch).logits.argmax(2)
+            prediction = models[AUDIO_VISUAL](batch).classes
         truth = batch.label.long()
         is_new = (truth >= task.num_old) & (truth < task.num_classes)
         confused = is_new & (prediction != BACKGROUND) & annotated(batch)[:, :, None, None]
@@ -204,7 +204,7 @@ class CMR(RehearsalMethod):
         score = {}
         for name in (AUDIO_VISUAL, VISUAL_ONLY):
             with torch.no_grad():
-                prediction = models[name](batch).logits.argmax(2)
+                prediction = models[name](batch).classes
             score[name] = self._iou(frame_ious(prediction, batch, task.num_classes), frames)
         return ScoreTable(
             batch.sample_id,
@@ -290,17 +290,17 @@ def frame_ious(prediction: Tensor, batch: Batch, num_classes: int) -> np.ndarray
 
     prediction [B T H W] integers. NaN for a class that is neither predicted nor true in a frame.
     """
+    clips, frames = batch.label.shape[:2]
     counted = (batch.label != IGNORE) & annotated(batch)[:, :, None, None]
-    num_frames = batch.label.shape[0] * batch.label.shape[1]
-    offset = torch.arange(num_frames, device=prediction.device).view(*batch.label.shape[:2], 1, 1) * num_classes
-    true, predicted = (offset + batch.label)[counted], (offset + prediction)[counted]
-
-    def per_class(index: Tensor) -> np.ndarray:
-        counts: np.ndarray = torch.bincount(index, minlength=num_frames * num_classes).cpu().numpy()
-        return counts.reshape(*batch.label.shape[:2], num_classes)
-
-    hit = per_class(true[true == predicted])
-    union = per_class(true) + per_class(predicted) - hit
+    # One matrix a frame, whose last row takes the pixels that do not count: a second selection of pixels would cost more.
+    size = num_classes + 1
+    index = torch.where(counted, batch.label.long(), num_classes)
+    index += size * torch.arange(clips * frames, device=index.device).view(clips, frames, 1, 1)
+    index = index.mul_(size).add_(prediction).flatten()
+    counts = torch.bincount(index, minlength=clips * frames * size**2).view(clips, frames, size, size)
+    matrix = counts.cpu().numpy()[:, :, :num_classes, :num_classes]
+    hit = matrix.diagonal(axis1=2, axis2=3)
+    union = matrix.sum(3) + matrix.sum(2) - hit
     ious: np.ndarray = np.divide(hit, union, out=np.full(union.shape, np.nan), where=union > 0)
     return ious
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from cavs_model.losses import cross_entropy, local_pod
 from cavs_model.methods.base import Method, knob
 from cavs_model.methods.mib import open_pixels, start_from_background
-from cavs_model.types import IGNORE, Batch, Mean, Network, Prediction, Step, Task
+from cavs_model.types import BACKGROUND, IGNORE, Batch, Mean, Network, Prediction, Step, Task
 
 ENTROPY_BINS = 2**16
 
@@ -117,8 +117,24 @@ class PLOP(Method):
 
 def as_old_logits(logits: Tensor, num_old: int) -> Tensor:
     """The student's logits [B T C H W] in the teacher's classes [B T O H W]: new logits are added to the background's."""
-    background = logits[:, :, :1] + logits[:, :, num_old:].sum(2, keepdim=True)
-    return torch.cat([background, logits[:, :, 1:num_old]], dim=2)
+    joined: Tensor = _JoinNew.apply(logits, num_old)  # type: ignore[no-untyped-call]
+    return joined
+
+
+class _JoinNew(torch.autograd.Function):
+    """`as_old_logits` with its gradient by hand: slices and concatenation would fill and copy the whole map three times."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, num_old: int) -> Tensor:
+        ctx.num_classes = logits.shape[2]
+        joined = logits[:, :, :num_old].clone()
+        joined[:, :, BACKGROUND] += logits[:, :, num_old:].sum(2)
+        return joined
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        background = gradient[:, :, :1].expand(-1, -1, ctx.num_classes - gradient.shape[2], -1, -1)
+        return torch.cat([gradient, background], dim=2), None
 
 
 def opinion(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +143,13 @@ def opinion(logits: Tensor) -> tuple[Tensor, Tensor]:
     logits [B T O H W]; the entropy is float32 in [0, 1], 0 where it is certain.
     """
     logits = logits.detach().float()
-    entropy = torch.special.entr(torch.softmax(logits, dim=2)).sum(2) / math.log(max(logits.shape[2], 2))
-    return logits.argmax(2), entropy
+    greatest, classes = logits.max(2, keepdim=True)
+    below = logits - greatest
+    # With d_c = z_c - max z, s = sum_c e^d_c: log s - sum_c d_c e^d_c / s, two terms of one sign, no logarithm per class.
+    weights = below.exp()
+    sums = weights.sum(2)
+    entropy = sums.log() - below.mul_(weights).sum(2) / sums
+    return classes.squeeze(2), entropy / math.log(max(logits.shape[2], 2))
 
 
 def pseudo_labelled(batch: Batch, teacher_logits: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,6 +114,42 @@ def test_local_pod_is_the_norm_over_windows(height, width, scales):
     assert float(loss.total) == pytest.approx(expected, rel=1e-5)
 
 
+def plain_local_pod(student, teacher, real, scales):
+    """The total by autograd through every window."""
+    difference = (student.double() ** 2 - teacher.double() ** 2).flatten(0, 1)
+    squares = torch.zeros(len(difference), dtype=torch.float64)
+    height, width = difference.shape[2:]
+    for scale in scales:
+        for band in difference.unfold(2, height // scale, height // scale).unbind(2):  # [N D w h/s]
+            for window in band.unfold(2, width // scale, width // scale).unbind(2):
+                squares = squares + window.mean(2).square().sum((1, 2)) + window.mean(3).square().sum((1, 2))
+    return squares.sqrt()[real.flatten()].sum()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("height", "width", "scales"), [(8, 12, (1, 2, 4)), (16, 16, (1, 4)), (7, 6, (1,)), (6, 6, (2, 3))])
+def test_local_pod_by_hand_has_the_gradient_of_the_plain_form(height, width, scales, layout):
+    ours, teacher = (torch.randn(6, 4, height, width).contiguous(memory_format=layout) for _ in range(2))
+    real = torch.tensor([[True, True, True], [True, False, True]])
+    found, expected = ours.clone().requires_grad_(), ours.clone().requires_grad_()
+    total = local_pod(found.view(2, 3, 4, height, width), teacher.view(2, 3, 4, height, width), real, scales).total
+    (total * 3).backward()
+    plain = plain_local_pod(expected.view(2, 3, 4, height, width), teacher.view(2, 3, 4, height, width), real, scales)
+    (plain * 3).backward()
+    torch.testing.assert_close(total, plain.float())
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+def test_local_pod_gives_a_bf16_map_a_bf16_gradient():
+    student = torch.randn(1, 2, 4, 8, 8).bfloat16().requires_grad_()
+    teacher, real = torch.randn(1, 2, 4, 8, 8).bfloat16(), torch.ones(1, 2, dtype=torch.bool)
+    wide = student.detach().float().requires_grad_()
+    local_pod(student, teacher, real).total.backward()
+    local_pod(wide, teacher, real).total.backward()
+    assert student.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(student.grad, wide.grad.bfloat16())
+
+
 def test_local_pod_leaves_out_scales_finer_than_the_map():
     student, teacher = torch.randn(1, 2, 4, 3, 2), torch.randn(1, 2, 4, 3, 2)
     real = torch.ones(1, 2, dtype=torch.bool)

@@ -49,6 +49,26 @@ def test_start_can_be_left_out():
     assert torch.equal(grown.weight, before)
 
 
+def test_the_folded_logits_have_the_gradient_of_slices_and_sums():
+    logits, wanted = torch.randn(2, 3, CLASSES, 4, 4, requires_grad=True), torch.randn(2, 3, OLD, 4, 4)
+    plain = logits.detach().clone().requires_grad_()
+    background = plain[:, :, :1] + plain[:, :, OLD:].sum(2, keepdim=True)
+    folded = torch.cat([background, plain[:, :, 1:OLD]], dim=2)
+    assert torch.equal(as_old_logits(logits, OLD), folded)
+    (as_old_logits(logits, OLD) * wanted).sum().backward()
+    (folded * wanted).sum().backward()
+    assert torch.equal(logits.grad, plain.grad)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0, 80.0])
+def test_the_entropy_is_the_sum_of_its_terms_at_any_spread(spread):
+    logits = spread * torch.randn(2, 3, OLD, 8, 8) + 5.0
+    classes, entropy = opinion(logits)
+    expected = torch.special.entr(logits.double().softmax(2)).sum(2) / math.log(OLD)
+    torch.testing.assert_close(entropy.double(), expected, rtol=1e-5, atol=3e-7)
+    assert torch.equal(classes, logits.argmax(2))
+
+
 def test_new_logits_are_added_to_the_background():
     logits = torch.randn(2, 3, CLASSES, 4, 4)
     folded = as_old_logits(logits, OLD)

@@ -102,7 +102,8 @@ def shared_jobs(folder, start):
 def train_part(worker, folder, start):
     for job in shared_jobs(folder, start).values():
         train_task(job, worker)
-    assert len(worker.reports) == 7
+    # A busy machine makes an epoch long enough to tell of its steps, too.
+    assert sum(report["kind"] == "epoch" for report in worker.reports) == 7
 
 
 @pytest.fixture(scope="module")
@@ -362,7 +363,8 @@ class Keeper(LocalWorker):
         return model
 
     def report(self, record):
-        self.epochs.append({name: value.clone() for name, value in self.models[0].state_dict().items()})
+        if record["kind"] == "epoch":  # a busy machine's epochs are long enough to tell of their steps, too
+            self.epochs.append({name: value.clone() for name, value in self.models[0].state_dict().items()})
 
 
 def val_score(weights):

@@ -1,7 +1,7 @@
 """The values that pass between the parts: label rules pixel by pixel, batches, means, score tables and memories."""
 
 import pickle
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 import torch
@@ -39,6 +39,21 @@ def test_a_batch_moves_as_a_whole():
     assert len(tensors) == 6
     assert all(tensor.device.type == "meta" for tensor in tensors)
     assert given.image.device.type == "cpu"
+
+
+def test_a_batch_drops_the_frames_that_pad_every_clip():
+    given = batch()
+    clips, frames = given.real_frame.shape
+    assert frames > 1
+    real = torch.arange(frames) < torch.tensor([frames - 1] + [1] * (clips - 1))[:, None]
+    padded = replace(given, real_frame=real, audio_feature=torch.randn(clips, frames, 128))
+    trimmed = padded.trimmed()
+    for item in fields(padded):
+        before, after = getattr(padded, item.name), getattr(trimmed, item.name)
+        expected = before[:, : frames - 1] if isinstance(before, torch.Tensor) and before.dim() > 1 else before
+        assert torch.equal(after, expected) if isinstance(after, torch.Tensor) else after == expected
+    assert trimmed.trimmed() is trimmed
+    assert replace(given, real_frame=torch.zeros_like(real)).trimmed().image.shape[1] == 1
 
 
 def test_a_mean_is_its_total_over_its_count():
