@@ -33,12 +33,14 @@ from orchestrator.comparison import (
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
+from orchestrator.node_metrics import Probe, Watch, this_machine
+from orchestrator.notes import note
 from orchestrator.progress import Progress, planned_work, watched
-from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.redaction import redacted
 from orchestrator.store import StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
-from orchestrator.tracker import Tracker, record_of, tracking_uri
+from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri
 
 PLAN_FILE = "comparison.json"
 
@@ -164,10 +166,15 @@ def compare() -> int:
     folder = _folder(outputs / "comparisons", arguments.name, spaces[0].name, arguments.fresh)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
     ledger = Ledger.open(folder, plan)
+    tracker.belongs_to("comparison", folder.name)
     if ledger.parent:
         tracker.resume(ledger.parent)
     else:
-        ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
+        shared = {name: value for name, value in tags_of(streams[0].experiment).items() if name.startswith("benchmark")}
+        params = {"entries": list(entries), "seeds": seeds, "splits": splits}
+        ledger.parent = tracker.start(folder.name, "comparison", params, tags=shared)
+        tracker.dataset(ledger.parent, benchmark)
+        tracker.data_picture(ledger.parent, benchmark)
         tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
         ledger.save()
     todo = [stream for stream in streams if stream.name not in ledger.done]
@@ -176,9 +183,19 @@ def compare() -> int:
     progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
     progress.line(f"MLflow: {tracker.open_hint}")
     job = _Job(tracker, ledger, progress, splits, outputs / "store")
+
+    def idle_with(probe: Probe) -> Callable[[], None]:
+        nodes = Watch(probe, lambda values, taken: tracker.system(ledger.parent, values, taken), progress.line)
+
+        def idle() -> None:
+            progress.heartbeat()
+            nodes()
+
+        return idle
+
     try:
         if arguments.local:
-            with watched(list, progress, progress.heartbeat):
+            with watched(list, progress, idle_with(this_machine())):
                 failed = job.run(todo, lambda each: LocalBackend(outputs / "data", each.experiment.resources, progress), 1)
         elif todo:
             with connected(arguments.verbose) as cluster:
@@ -189,11 +206,23 @@ def compare() -> int:
                 def on_ray(stream: Stream) -> Backend:
                     return RayBackend(outputs / "data", outputs / "scratch", stream.experiment.resources, mailbox)
 
-                with watched(lambda: drain(mailbox), progress, progress.heartbeat):
+                with watched(lambda: drain(mailbox), progress, idle_with(NodeProbe())):
                     failed = job.run(todo, on_ray, fits)
         else:
             failed = {}
-        conclude(streams, ledger, failed, seeds, reference, splits, tracker)
+        text = conclude(streams, ledger, failed, seeds, reference, splits, tracker)
+        links = {
+            "the table as numbers": tracker.address(ledger.parent, "artifacts/table.csv"),
+            "the data": tracker.address(ledger.parent, f"artifacts/{DATA_PICTURE}"),
+            f"the report, once `python -m orchestrator.report {folder.name}` wrote it": tracker.address(
+                ledger.parent, "artifacts/report.html"
+            ),
+        }
+        facts = {"benchmark": benchmark.name, "seeds": ", ".join(map(str, seeds)), "reference": reference}
+        asked = "\n\n".join(space.doc.strip() for space in spaces)
+        tracker.note(
+            ledger.parent, note(asked, facts, text, command(), {name: link.removeprefix("/") for name, link in links.items()})
+        )
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         job.stop("KILLED" if killed else "FAILED")
@@ -342,8 +371,8 @@ def conclude(
     reference: str,
     splits: Sequence[str],
     tracker: Tracker,
-) -> None:
-    """Writes and prints the tables: table.md, table.csv, streams.csv, beside the ledger and in MLflow."""
+) -> str:
+    """Writes and prints the tables: table.md, table.csv, streams.csv, beside the ledger and in MLflow; table.md's text."""
     results = []
     for stream in streams:
         done = ledger.done.get(stream.name)
@@ -366,6 +395,7 @@ def conclude(
             shown = {f"{split}/miou/all": row.mean[f"{split}/miou/all"] for split in splits}
             tracker.metrics(ledger.parent, {f"{_metric_name(name)}/{metric}": value for metric, value in shown.items()}, 0)
     print(text, flush=True)
+    return text
 
 
 def _metric_name(text: str) -> str:
