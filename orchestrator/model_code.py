@@ -24,12 +24,13 @@ CHECKPOINT = "checkpoint"  # the artifact's name: a folder as cavs_model.checkpo
 class Segmenter(PythonModel):
     """A checkpoint as MLflow's pyfunc, on the CPU or the first GPU."""
 
+    _skip_type_hint_validation = True  # MLflow knows no type hint for arrays, and warns whoever loads a model without one
+
     def load_context(self, context: Any) -> None:
         """Reads the checkpoint. InputError where it is damaged."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.network = checkpoint.load(Path(context.artifacts[CHECKPOINT])).to(self.device)
 
-    # Without type hints: MLflow would take them for a schema, and knows no arrays.
     def predict(self, context, model_input, params=None):  # type: ignore[no-untyped-def]
         """Clips {"image" [B T 3 H W], "audio" [B T 96 64]} -> classes uint8 [B T H W]. H and W are multiples of 32."""
         image = torch.from_numpy(np.array(model_input["image"], np.uint8))
