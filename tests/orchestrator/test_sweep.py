@@ -141,7 +141,8 @@ def test_mlflows_pages_show_table_chart_and_picture(
         shown(page, f"{address}/version", "body")
         # The assistant opens by itself at the first visit, over the table's columns.
         page.execute_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
-        shown(page, f"{address}/{place}?viewStateShareKey=cavs", "//a[text()='toy']")
+        shown(page, f"{address}/{place}?viewStateShareKey=cavs", f"//a[contains(@href, '{parent.info.run_id}')]")
+        assert page.find_elements("css selector", ".ag-row button")  # to unfold the trials below it
         for column in ("objective", "miou/all", "miou/old", "miou/new", "memory/bytes", "worker_seconds", "method", "setting"):
             assert page.find_elements("css selector", f'[role="columnheader"][col-id*="{column}"]'), column
         run = f"{address}/{place}/{parent.info.run_id}"
