@@ -40,15 +40,17 @@ from orchestrator.experiment import Experiment, flatten, override, parse_assignm
 from orchestrator.fields import text
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
 from orchestrator.local_backend import LocalBackend
+from orchestrator.node_metrics import Probe, Watch, this_machine
+from orchestrator.notes import note
 from orchestrator.progress import Progress, planned_work, watched
-from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
 from orchestrator.status import StatusFile
 from orchestrator.store import Reuse, StoredBackend, write_atomically
 from orchestrator.stream import Backend, run_stream
 from orchestrator.terminal import renderer
-from orchestrator.tracker import Tracker, record_of, tracking_uri
+from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -187,10 +189,15 @@ def compare() -> int:
     folder = _folder(outputs / "comparisons", name, default, arguments.fresh)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
     ledger = Ledger.open(folder, plan)
+    tracker.belongs_to("comparison", folder.name)
     if ledger.parent:
         tracker.resume(ledger.parent)
     else:
-        ledger.parent = tracker.start(folder.name, "comparison", {"entries": list(entries), "seeds": seeds, "splits": splits})
+        shared = {name: value for name, value in tags_of(streams[0].experiment).items() if name.startswith("benchmark")}
+        params = {"entries": list(entries), "seeds": seeds, "splits": splits}
+        ledger.parent = tracker.start(folder.name, "comparison", params, tags=shared)
+        tracker.dataset(ledger.parent, benchmark)
+        tracker.data_picture(ledger.parent, benchmark)
         tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
         tracker.origin(ledger.parent)
         ledger.save()
@@ -204,7 +211,7 @@ def compare() -> int:
     job = _Job(tracker, ledger, progress, splits, store)
     progress.shared = job.shared
     with progress:
-        failed = _run(arguments, streams, todo, job, outputs, seeds, reference)
+        failed = _run(arguments, streams, todo, job, outputs, seeds, reference, [space.doc for space in spaces])
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -217,12 +224,23 @@ def _run(
     outputs: Path,
     seeds: Sequence[int],
     reference: str,
+    questions: Sequence[str],
 ) -> dict[str, str]:
-    """Runs what is left and concludes; the streams that failed, with their errors."""
+    """Runs what is left and concludes; the streams that failed, with their errors. `questions` are the spaces' own words."""
     tracker, ledger, progress, splits = job.tracker, job.ledger, job.progress, job.splits
+
+    def idle_with(probe: Probe) -> Callable[[], None]:
+        nodes = Watch(probe, lambda values, taken: tracker.system(ledger.parent, values, taken), progress.line)
+
+        def idle() -> None:
+            progress.heartbeat()
+            nodes()
+
+        return idle
+
     try:
         if arguments.local:
-            with watched(list, progress, progress.heartbeat):
+            with watched(list, progress, idle_with(this_machine())):
                 failed = job.run(todo, lambda each: LocalBackend(outputs / "data", each.experiment.resources, progress), 1)
         elif todo:
             with connected(arguments.verbose) as cluster:
@@ -235,12 +253,23 @@ def _run(
                 def on_ray(stream: Stream) -> Backend:
                     return RayBackend(outputs / "data", outputs / "scratch", stream.experiment.resources, mailbox)
 
-                with watched(lambda: drain(mailbox), progress, progress.heartbeat):
+                with watched(lambda: drain(mailbox), progress, idle_with(NodeProbe())):
                     failed = job.run(todo, on_ray, fits)
         else:
             failed = {}
         progress.rest()
-        conclude(streams, ledger, failed, seeds, reference, splits, tracker)
+        text = conclude(streams, ledger, failed, seeds, reference, splits, tracker)
+        links = {
+            "the table as numbers": tracker.address(ledger.parent, "artifacts/table.csv"),
+            "the data": tracker.address(ledger.parent, f"artifacts/{DATA_PICTURE}"),
+            "the report": tracker.address(ledger.parent, "artifacts/report.html"),
+        }
+        benchmark = streams[0].experiment.benchmark
+        facts = {"benchmark": benchmark.name, "seeds": ", ".join(map(str, seeds)), "reference": reference}
+        asked = "\n\n".join(question.strip() for question in questions)
+        tracker.note(
+            ledger.parent, note(asked, facts, text, command(), {name: link.removeprefix("/") for name, link in links.items()})
+        )
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         job.stop("KILLED" if killed else "FAILED")
@@ -413,8 +442,8 @@ def conclude(
     reference: str,
     splits: Sequence[str],
     tracker: Tracker,
-) -> None:
-    """Writes and prints the tables: table.md, table.csv, streams.csv, beside the ledger and in MLflow."""
+) -> str:
+    """Writes and prints the tables: table.md, table.csv, streams.csv, beside the ledger and in MLflow; table.md's text."""
     results = []
     for stream in streams:
         done = ledger.done.get(stream.name)
@@ -437,6 +466,7 @@ def conclude(
             shown = {f"{split}/miou/all": row.mean[f"{split}/miou/all"] for split in splits}
             tracker.metrics(ledger.parent, {f"{_metric_name(name)}/{metric}": value for metric, value in shown.items()}, 0)
     print(text, flush=True)
+    return text
 
 
 def _metric_name(text: str) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,13 @@ from cavs_model.train import DivergedError, TaskJob, train_task
 from cavs_model.types import ScoreTable
 from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
+from orchestrator.node_metrics import Sample, Sampler
 from orchestrator.progress import BlockNotes, Event, silent
 
 WORKER_FAILURES = 3  # after which a fit whose workers die or cannot start, by whatever, is given up
 WAIT_NOTE_SECONDS = 60.0  # between two notes that a fit waits for nodes
 CHUNK_SECONDS = 1.0  # shorter Ray tasks cost more to hand out than to do
+NODE_PATIENCE_SECONDS = 60.0  # a node that takes longer to say what it does is left out of a sample
 SCORING_SPEEDUP = 3.0  # a pass without gradients against a training pass, roughly
 WORKER_ENVIRONMENT = {
     # At the default poll interval of two seconds a fit takes ten seconds more than its work.
@@ -539,3 +541,43 @@ def drain(mailbox: Any) -> list[Event]:
 def new_mailbox() -> Any:
     """A mailbox beside the driver."""
     return Mailbox.remote()  # type: ignore[attr-defined]
+
+
+@dataclass
+class NodeProbe:
+    """The samples of every living node of the connected cluster, by its address. Never waits."""
+
+    _samplers: dict[str, Any] = field(default_factory=dict)  # by Ray's id of the node
+    _asked: dict[str, tuple[str, Any]] = field(default_factory=dict)  # id -> address and the answer to come
+    _since: float = 0.0
+
+    def __call__(self) -> dict[str, Sample]:
+        """What the nodes that were asked answered; nothing while that is awaited. The call after it asks them anew."""
+        if not self._asked:
+            self._ask()
+            return {}
+        answers = [answer for _, answer in self._asked.values()]
+        ready, _ = ray.wait(answers, num_returns=len(answers), timeout=0)
+        if len(ready) < len(answers) and time.monotonic() - self._since < NODE_PATIENCE_SECONDS:
+            return {}
+        found: dict[str, Sample] = {}
+        for node, (address, answer) in self._asked.items():
+            if answer in ready:
+                try:
+                    found[address] = ray.get(answer)
+                except ray.exceptions.RayError:  # the node or its sampler died; where the node lives it gets another
+                    del self._samplers[node]
+        self._asked = {}
+        return found
+
+    def _ask(self) -> None:
+        self._since = time.monotonic()
+        living = {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}  # type: ignore[no-untyped-call]
+        self._samplers = {node: sampler for node, sampler in self._samplers.items() if node in living}
+        for node, address in living.items():
+            if node not in self._samplers:
+                here = NodeAffinitySchedulingStrategy(node, soft=False)
+                self._samplers[node] = ray.remote(Sampler).options(num_cpus=0, scheduling_strategy=here).remote()
+            # Two nodes may share a machine, in tests at least.
+            name = address if list(living.values()).count(address) == 1 else f"{address}-{node[:6]}"
+            self._asked[node] = (name, self._samplers[node].sample.remote())

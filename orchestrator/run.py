@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cavs_model.types import AUDIO_VISUAL
 from orchestrator import cli
 from orchestrator.dry_run import debug_name, plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, file_name
 from orchestrator.local_backend import LocalBackend
+from orchestrator.node_metrics import Probe, Watch, this_machine
 from orchestrator.progress import Progress, planned_work, watched
-from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.status import run_status
 from orchestrator.store import StoredBackend
 from orchestrator.stream import Backend, run_stream
@@ -66,18 +68,30 @@ def _run(
     progress: Progress,
     name: str,
 ) -> None:
+    current: list[str] = []  # the stream's run
+
+    def idle_with(probe: Probe) -> Callable[[], None]:
+        nodes = Watch(probe, lambda values, taken: tracker.system(current[-1], values, taken), progress.line)
+
+        def idle() -> None:
+            progress.heartbeat()
+            if current:
+                nodes()
+
+        return idle
+
     if arguments.local:
         backend = LocalBackend(outputs / "data", experiment.resources, progress)
-        with watched(list, progress, progress.heartbeat):
-            _streams(experiment, splits, backend, entries, tracker, progress, name)
+        with watched(list, progress, idle_with(this_machine())):
+            _streams(experiment, splits, backend, entries, tracker, progress, name, current)
     else:
         with connected(arguments.verbose) as cluster:
             progress.line(cluster.describe())
             progress.where += cluster.where
             cluster.concurrent_jobs(experiment.resources)
             on_ray = RayBackend(outputs / "data", outputs / "scratch", experiment.resources, new_mailbox())
-            with watched(lambda: drain(on_ray.mailbox), progress, progress.heartbeat):
-                _streams(experiment, splits, on_ray, entries, tracker, progress, name)
+            with watched(lambda: drain(on_ray.mailbox), progress, idle_with(NodeProbe())):
+                _streams(experiment, splits, on_ray, entries, tracker, progress, name, current)
     progress({"kind": "trial", "trial": 1, "label": name, "text": "done"})
 
 
@@ -89,7 +103,9 @@ def _streams(
     tracker: Tracker,
     progress: Progress,
     name: str,
+    current: list[str],
 ) -> None:
+    """Runs the streams one after the other; `current` gets the MLflow run of each as it begins."""
     store = StoredBackend(
         backend,
         entries,
@@ -100,11 +116,15 @@ def _streams(
     progress.shared = store.reuse.describe
     for seed in experiment.seeds:
         run_id = tracker.stream(experiment, seed, f"{name} seed {seed}")
+        current.append(run_id)
         try:
             for outcome in run_stream(experiment, seed, store, splits):
                 tracker.record(run_id, record_of(outcome))
                 task = {"kind": "task", "trial": 1, "seed": seed, "task": outcome.task.index}
                 progress({**task, "label": name, "text": outcome.headline()})
+                if outcome.is_last:
+                    network = Path(outcome.state.checkpoints[AUDIO_VISUAL])
+                    tracker.model(run_id, network, outcome.classes_json(experiment.benchmark), {}, outcome.task.index)
         except BaseException as error:
             tracker.end(run_id, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise

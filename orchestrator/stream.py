@@ -97,6 +97,11 @@ class TaskOutcome:
             found |= {f"{split}/{name}": value for name, value in values.items()}
         return found
 
+    def classes_json(self, benchmark: Benchmark) -> dict[str, object]:
+        """What a network of this outcome is to be asked with: classes learned so far, and the shape of its clips."""
+        learned = self.class_names[: self.task.num_classes]
+        return {"classes": list(learned), "image_size_px": benchmark.image_size_px, "frames": benchmark.frames}
+
     def headline(self) -> str:
         """The outcome in a line."""
         shown = {name: value for name, value in self.metrics().items() if name.endswith(("/all", "/old", "/new"))}

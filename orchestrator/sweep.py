@@ -18,21 +18,37 @@ from typing import Any
 
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import check_weights
+from cavs_model.types import AUDIO_VISUAL
 from orchestrator import cli
 from orchestrator.dry_run import DEBUG_TRIALS, debug_name, plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, flatten, override, plain
 from orchestrator.ledger import COMPUTED, Ledger, Trial, held
+from orchestrator.node_metrics import Watch
+from orchestrator.notes import note
+from orchestrator.notes import table as note_table
 from orchestrator.progress import Event, Progress, planned_work, watched
-from orchestrator.ray_backend import RayBackend, connected, drain, new_mailbox
+from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
-from orchestrator.search import SAMPLERS, Budgets, Plan, Search, described, mean_over_seeds, search
+from orchestrator.search import (
+    MEMORY_BYTES,
+    SAMPLERS,
+    WORKER_SECONDS,
+    Budgets,
+    Plan,
+    Search,
+    described,
+    mean_over_seeds,
+    search,
+)
 from orchestrator.status import StatusFile
 from orchestrator.store import StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
 from orchestrator.terminal import renderer
-from orchestrator.tracker import Tracker, record_of, tags_of, tracking_uri
+from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri, with_short_names
+
+SHOWN_METRICS = ("miou/all", "miou/old", "miou/new", "miou/foreground")  # of the best configuration, without a split
 
 
 @dataclass
@@ -106,7 +122,9 @@ class TrialLog:
         elif kind == "report":
             run = self.ledger.trials[number].run
             if self._is_new(number, run, event["task"]):
-                self.tracker.metrics(run, event["metrics"], event["task"])
+                chosen_by = self.ledger.plan["objectives"][0]["metric"]
+                metrics = with_short_names(event["metrics"]) | {"objective": event["metrics"][chosen_by]}
+                self.tracker.metrics(run, metrics, event["task"])
             self._logged(number, run, event["task"], metrics=event["metrics"])
         elif kind == "trial":
             if event["status"] == "FAILED":
@@ -127,6 +145,7 @@ class TrialLog:
         else:
             name = _trial_name(number, trial.config)
             run = self.tracker.start(name, "trial", flatten(experiment), self.ledger.parent, {**tags_of(experiment), **tags})
+            self.tracker.dataset(run, experiment.benchmark)
         self.ledger.change(number, run=run)
         for seed in experiment.seeds:
             stream = trial.streams.get(str(seed)) or self.tracker.child(run, {"seed": str(seed)})
@@ -202,6 +221,7 @@ def sweep() -> int:
     name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
     folder = cli.run_folder(outputs / "sweeps", name, debug_name(space.name) if arguments.debug else space.name)
+    tracker.belongs_to("sweep", folder.name)
     with held(folder, arguments.fresh):
         ledger = Ledger.open(folder, plan_of(space, wanted))
         shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "sweep"))
@@ -290,6 +310,7 @@ class _Sweep:
         self.progress.rest()
         try:
             failed = conclude(self.space.objectives, ledger, self.tracker, reason)
+            self.tracker.note(ledger.parent, note_of(self.space, ledger, self.tracker))
         except BaseException:
             self.tracker.end(ledger.parent, "KILLED")
             raise
@@ -309,6 +330,8 @@ class _Sweep:
         self.ledger.update(parent=parent)
         self.tracker.artifact(parent, "config.json", {"command": [redacted(each) for each in sys.argv], **self.ledger.plan})
         self.tracker.origin(parent)
+        self.tracker.dataset(parent, experiment.benchmark)
+        self.tracker.data_picture(parent, experiment.benchmark)
 
     def _compute(self, concurrency: int) -> str:
         """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""
@@ -319,8 +342,14 @@ class _Sweep:
         store = StoredBackend(backend, self.entries, user=user, on_damage=progress.line)
         plan = Plan(experiment, space.objectives, backend, self.entries, user)
         log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
+        nodes = Watch(NodeProbe(), lambda values, taken: self.tracker.system(ledger.parent, values, taken), progress.line)
+
+        def idle() -> None:
+            progress.heartbeat()
+            nodes()
+
         try:
-            with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
+            with watched(lambda: drain(backend.mailbox), log, idle):
                 progress.line(f"preparing {experiment.benchmark.name}")
                 check_weights(experiment.network)
                 store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
@@ -329,7 +358,7 @@ class _Sweep:
             log.finish(ending.errors)
             best = best_of(ledger.trials, space.objectives[0])
             if best is not None and best != ledger.tested:
-                with watched(lambda: drain(backend.mailbox), log, progress.heartbeat):
+                with watched(lambda: drain(backend.mailbox), log, idle):
                     progress.line("testing the best configuration, and it alone")
                     test(override(experiment, ledger.trials[best].config), best, store, self.tracker, ledger, progress)
         except BaseException:
@@ -344,7 +373,10 @@ class _Sweep:
 def test(
     experiment: Experiment, number: int, store: StoredBackend, tracker: Tracker, ledger: Ledger, progress: Progress
 ) -> None:
-    """Evaluates the chosen trial's configuration, and it alone, on the test splits; the means over seeds go to the parent."""
+    """Evaluates the chosen trial's configuration, and it alone, on the test splits; the means over seeds go to the parent.
+
+    So does the network of the seed that is best on validation, as the sweep's model.
+    """
     splits = [split for split in experiment.benchmark.splits() if split.startswith("test")]
     runs: dict[int, str] = {}
     for seed in experiment.seeds:
@@ -363,6 +395,18 @@ def test(
         tracker.metrics(ledger.parent, mean_over_seeds(outcomes), outcomes[0].task.index)
     for run in runs.values():
         tracker.end(run)
+    chosen_by = ledger.plan["objectives"][0]
+    sign, found = (-1 if chosen_by["mode"] == "max" else 1), ledger.trials[number].metrics
+    best = min(outcomes, key=lambda outcome: sign * outcome.metrics().get(chosen_by["metric"], 0.0))
+    headline = {name: found[name] for name in (MEMORY_BYTES, WORKER_SECONDS) if name in found}
+    headline |= {name: value for name, value in with_short_names(mean_over_seeds(outcomes)).items() if name in SHOWN_METRICS}
+    tracker.model(
+        ledger.parent,
+        Path(best.state.checkpoints[AUDIO_VISUAL]),
+        best.classes_json(experiment.benchmark),
+        headline | {"objective": found[chosen_by["metric"]]},
+        best.task.index,
+    )
     ledger.update(tested=number)
 
 
@@ -448,6 +492,33 @@ def shared_by(trials: Mapping[int, Trial]) -> str:
     reports = [trial.metrics for trial in list(trials.values())]
     reused, computed = (sum(float(metrics.get(name, 0)) for metrics in reports) for name in ("reused_worker_seconds", COMPUTED))
     return f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused"
+
+
+def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker) -> str:
+    """What the sweep's run says of itself in MLflow."""
+    objective, experiment = space.objectives[0], space.base
+    ended = {number: trial for number, trial in sorted(ledger.trials.items()) if trial.state != "RUNNING"}
+    best = best_of(ended, objective)
+    order = sorted(ended, key=lambda number: (_cost(ended[number], objective), number))
+    knobs = sorted({name for trial in ended.values() for name in trial.config})
+    metrics = list(dict.fromkeys([*(each.metric for each in space.objectives), "val/miou/old", "val/miou/new"]))
+    rows = [
+        {"trial": number, **ended[number].config, **ended[number].metrics, "state": ended[number].state} for number in order
+    ]
+    result = "No trial ended well."
+    if best is not None:
+        chosen = " ".join(f"--set {name}={value}" for name, value in ended[best].config.items())
+        result = f"Best: **{objective.metric} {ended[best].metrics[objective.metric]:.4f}** by trial {best}, `{chosen}`."
+    tags = tags_of(experiment)
+    seeds = ", ".join(map(str, experiment.seeds))
+    facts = {"method": tags["method"], "benchmark": f"{tags['benchmark']} {tags['setting']}", "seeds": seeds}
+    links = {
+        "all trials": tracker.address(ledger.parent, "artifacts/trials.csv"),
+        "the data": tracker.address(ledger.parent, f"artifacts/{DATA_PICTURE}"),
+        "the report": tracker.address(ledger.parent, "artifacts/report.html"),
+    }
+    text = f"{result}\n\n{note_table(['trial', *knobs, *metrics, 'state'], rows)}"
+    return note(space.doc, facts, text, command(), {name: link.removeprefix("/") for name, link in links.items()})
 
 
 def _keep(ledger: Ledger, tracker: Tracker, name: str, content: str) -> None:

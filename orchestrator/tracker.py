@@ -7,31 +7,50 @@ One process writes, the driver: trials send it their records. A sweep is a paren
 from __future__ import annotations
 
 import fcntl
+import getpass
+import importlib
+import importlib.metadata
 import json
 import logging
 import os
+import shlex
+import shutil
+import subprocess
+import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.models.model import Model
+from mlflow.models.signature import ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.types import Schema, TensorSpec
+from PIL import Image
 from sqlalchemy import create_engine
 from torch import Tensor
 
+import cavs_model
+from cavs_model.checkpoint import ABOUT, WEIGHTS
+from cavs_model.datasets.base import Benchmark
+from cavs_model.datasets.contact_sheet import contact_sheet
+from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
 from cavs_model.errors import InputError
 from cavs_model.metrics import added_classes, backward_transfer, f_score, forgetting, iou, numbers, task_matrix
 from cavs_model.types import AUDIO_VISUAL
 from orchestrator.environment import environment
-from orchestrator.experiment import Experiment, file_name, fingerprint, flatten
+from orchestrator.experiment import Experiment, file_name, fingerprint, flatten, plain
 from orchestrator.redaction import redacted
 from orchestrator.stream import TaskOutcome
 
@@ -41,6 +60,17 @@ METRICS_A_REQUEST = 1000  # limits of MLflow's log_batch
 PARAMS_A_REQUEST = 100
 PARAM_CHARACTERS = 6000
 CONNECT_SECONDS = 8
+TAG_CHARACTERS = 4900  # of 5000
+VIEW = "cavs"  # the key of our view of the run table, as `?viewStateShareKey=cavs` in its address
+COLUMNS = (
+    "tags.`kind`", "tags.`method`", "tags.`setting`", "tags.`seed`",
+    "metrics.`objective`", "metrics.`miou/all`", "metrics.`miou/old`", "metrics.`miou/new`",
+    "metrics.`memory/bytes`", "metrics.`cost/worker_seconds`", "tags.`commit`",
+)  # fmt: skip
+DATA_PICTURE, SHOWN_CLIPS = "data_train.png", 6
+MODEL = "model"  # the name of a run's model: runs:/<run>/model
+MODEL_CODE = Path(__file__).with_name("model_code.py")
+MODEL_PACKAGES = ("mlflow", "torch", "torchvision", "torchaudio", "numpy", "safetensors", "efficientnet-lite-pytorch")
 
 
 @dataclass(frozen=True)
@@ -57,8 +87,7 @@ def record_of(outcome: TaskOutcome) -> Record:
     """The record of a task."""
     folder, names = f"task_{outcome.task.index}", outcome.class_names
     metrics = outcome.metrics() | outcome.diagnoses()
-    # Unprefixed names are the validation split's: it is the one that chooses, and every run has it.
-    metrics.update({name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")})
+    metrics = with_short_names(metrics)
     metrics["memory/rows"] = float(len(outcome.state.memory.rows))
     metrics["memory/bytes"] = float(outcome.memory_bytes)
     metrics["cost/worker_seconds"] = sum(about.seconds * about.world_size for about in outcome.trained.values())
@@ -94,6 +123,12 @@ def record_of(outcome: TaskOutcome) -> Record:
             "rows": len(rehearsal.rows),
         }
     return Record(metrics, losses, outcome.task.index, artifacts)
+
+
+def with_short_names(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics, and the validation split's without its name: it is the one that chooses, and every run has it."""
+    short = {name.removeprefix("val/"): value for name, value in metrics.items() if name.startswith("val/")}
+    return {**metrics, **short}
 
 
 def _confusion(counts: Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -132,12 +167,15 @@ class Tracker:
 
     def __init__(self, uri: str, artifact_root: Path) -> None:
         self.uri = uri
+        self._common: dict[str, str] = {}  # tags of every run that begins
+        self._started: dict[str, float] = {}  # run -> when it began, in seconds since the epoch
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # a line per table at first contact
         try:
             with _patience(), _alone(uri):
                 _try(uri)
                 self._client: Any = _Discreet(MlflowClient(tracking_uri=uri))
                 self.experiment_id = self._experiment(artifact_root)
+                self._describe_experiment()
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
             reason = (redacted(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
             if isinstance(error, ModuleNotFoundError):  # of the database's driver
@@ -178,11 +216,42 @@ class Tracker:
         if (read.params, read.metrics, files) != ({"a": "1"}, {"b": 0.5}, ["check.txt"]):
             raise InputError(f"MLflow at {self.shown} took a run and gives back something else: {read.metrics}, {files}")
 
+    def _describe_experiment(self) -> None:
+        """The experiment's page: which columns its table has under `view_path`, and what is in it."""
+        # By this order alone does the page put runs below their parents.
+        view = {"orderByKey": "attributes.start_time", "orderByAsc": False, "selectedColumns": list(COLUMNS)}
+        wanted = {
+            "mlflow.experimentKind": "custom_model_development",
+            f"mlflow.sharedViewState.{VIEW}": json.dumps(view),
+            "mlflow.note.content": (
+                "Continual audio-visual segmentation. A sweep's or comparison's run holds its trials, and these their streams, "
+                f"one per seed.\n\n[The table with the columns that matter]({self.view_path})\n\n"
+                "Filters: `tags.kind = 'sweep'`, `tags.kind = 'trial' and metrics.objective > 0.1`, `tags.method = 'cmr'`, "
+                "`tags.setting = '16-8'`, `tags.benchmark = 'collage'`, `tags.seed = '0'`, `tags.sweep = 'NAME'`, "
+                "`tags.comparison = 'NAME'`, `tags.commit LIKE 'abc%'`.\n"
+            ),
+        }
+        there = self._client.get_experiment(self.experiment_id).tags
+        for key, value in wanted.items():
+            if there.get(key) != value:
+                self._client.set_experiment_tag(self.experiment_id, key, value)
+
+    @property
+    def view_path(self) -> str:
+        """The run table with our columns, as a path behind the server's address."""
+        return f"/#/experiments/{self.experiment_id}/runs?viewStateShareKey={VIEW}"
+
+    def belongs_to(self, kind: str, name: str) -> None:
+        """Every run that begins from now on is tagged with the name of what it is part of: "sweep" or "comparison"."""
+        self._common = {kind: name}
+
     def start(
         self, name: str, kind: str, params: Mapping[str, Any], parent: str | None = None, tags: Mapping[str, str] | None = None
     ) -> str:
         """Starts a run below `parent` and logs its parameters; the run's id."""
-        all_tags = {"kind": kind, **(tags or {}), **({"mlflow.parentRunId": parent} if parent else {})}
+        all_tags = {"kind": kind, **_origin(), **self._common, **(tags or {})}
+        if parent:
+            all_tags["mlflow.parentRunId"] = parent
         run = self._client.create_run(self.experiment_id, run_name=name, tags=all_tags)
         run_id = str(run.info.run_id)
         entries = [Param(key, _text(value)) for key, value in params.items()]
@@ -214,6 +283,7 @@ class Tracker:
         params = {**flatten(experiment), "seed": seed}
         run = self.start(name, "stream", params, parent, {**tags_of(experiment), "seed": str(seed)})
         self.artifact(run, "config.json", params)
+        self.dataset(run, experiment.benchmark)
         if parent is None:
             self.origin(run)
         return run
@@ -222,13 +292,64 @@ class Tracker:
         """Logs where the numbers of a run and of those below it come from: command, versions, hardware, commit."""
         self.artifact(run_id, ENVIRONMENT_FILE, environment())
 
+    def dataset(self, run_id: str, benchmark: Benchmark) -> None:
+        """Logs the benchmark as the run's data set, its fingerprint as digest."""
+        tag = InputTag("mlflow.data.context", "training")
+        self._client.log_inputs(run_id, [DatasetInput(_dataset(benchmark), [tag])])
+
+    def image(self, run_id: str, path: str, image: Image.Image) -> None:
+        """Logs a picture as the artifact `path`, which ends with its format."""
+        self._client.log_image(run_id, image, artifact_file=path)
+
+    def data_picture(self, run_id: str, benchmark: Benchmark) -> None:
+        """Logs a few training clips with their masks and sound, as DATA_PICTURE."""
+        self.image(run_id, DATA_PICTURE, contact_sheet(benchmark, "train", SHOWN_CLIPS))
+
+    def note(self, run_id: str, text: str) -> None:
+        """Sets the run's description, markdown; what is too long for MLflow is cut at a line."""
+        if len(text) > TAG_CHARACTERS:
+            text = text[:TAG_CHARACTERS].rpartition("\n")[0] + "\n..."
+        self.tag(run_id, {"mlflow.note.content": text})
+
+    def address(self, run_id: str, part: str = "") -> str:
+        """A run's page, or "artifacts/report.html" of it, as a path behind the server's address."""
+        return f"/#/experiments/{self.experiment_id}/runs/{run_id}" + (f"/{part}" if part else "")
+
+    def system(self, run_id: str, metrics: Mapping[str, float], taken: float) -> None:
+        """Logs what nodes did at a time, in seconds since the epoch; the step is seconds since the run began."""
+        if run_id not in self._started:
+            self._started[run_id] = self._client.get_run(run_id).info.start_time / 1000
+        step = max(0, int(taken - self._started[run_id]))
+        self._batch(run_id, [(name, value, step) for name, value in metrics.items()], taken=taken)
+
+    def model(self, run_id: str, checkpoint: Path, classes: Mapping[str, Any], metrics: Mapping[str, float], step: int) -> None:
+        """Logs a checkpoint as the run's model, with metrics that the run does not have yet, unless the run has a model.
+
+        `mlflow.pyfunc.load_model("runs:/<run>/model")` loads it, and a registry takes it from there. It holds the checkpoint's
+        files, `classes` as classes.json beside them, and our code, but no pickle.
+        """
+        run = self._client.get_run(run_id)
+        if run.outputs is not None and run.outputs.model_outputs:
+            return
+        about = {name: value for name, value in run.data.params.items() if not name.startswith("resources.")}
+        logged = self._client.create_logged_model(self.experiment_id, MODEL, run_id, params=about, model_type="segmentation")
+        with TemporaryDirectory() as folder:
+            path = write_model(Path(folder), checkpoint, classes, Model(run_id=run_id, model_id=logged.model_id))
+            self._client.log_model_artifacts(logged.model_id, str(path))
+        self._client.finalize_logged_model(logged.model_id, "READY")
+        self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step)])
+        if metrics:
+            self._batch(run_id, [(name, value, step) for name, value in metrics.items()], model=logged.model_id)
+
     @property
     def open_hint(self) -> str:
         """How to look at the runs."""
         if self.uri.startswith(("http://", "https://")):
-            return f"open {without_password(self.uri)}"
-        command = f"mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)}"
-        return f"make ui (or: {command})" if self.uri.startswith("sqlite:") else command
+            return f"open {without_password(self.uri).rstrip('/')}{self.view_path}"
+        return (
+            f"make ui (or: mlflow ui --host 127.0.0.1 --backend-store-uri {without_password(self.uri)}), "
+            f"then open http://127.0.0.1:5000{self.view_path}"
+        )
 
     def child(self, parent: str, tags: Mapping[str, str]) -> str:
         """The run below `parent` that has these tags, "" where there is none: begun by a process that could not note its id."""
@@ -353,9 +474,11 @@ class Tracker:
         """Logs a file as an artifact under its own name."""
         self._client.log_artifact(run_id, str(path))
 
-    def _batch(self, run_id: str, values: Sequence[tuple[str, float, int]]) -> None:
-        now = int(time.time() * 1000)
-        entries = [Metric(name, float(value), now, step) for name, value, step in values]
+    def _batch(
+        self, run_id: str, values: Sequence[tuple[str, float, int]], taken: float | None = None, model: str | None = None
+    ) -> None:
+        now = int((time.time() if taken is None else taken) * 1000)
+        entries = [Metric(name, float(value), now, step, model_id=model) for name, value, step in values]
         for start in range(0, len(entries), METRICS_A_REQUEST):
             self._client.log_batch(run_id, metrics=entries[start : start + METRICS_A_REQUEST])
 
@@ -379,6 +502,83 @@ def _look(run: Run) -> Look:
     ended = about.end_time / 1000 if about.end_time else None
     name = data.tags.get("mlflow.runName", "")
     return Look(about.run_id, name, about.status, about.start_time / 1000, ended, data.tags, data.params, data.metrics)
+
+
+def write_model(folder: Path, checkpoint: Path, classes: Mapping[str, Any], model: Model) -> Path:
+    """Writes a model as MLflow reads it into `folder`; where it lies. The checkpoint is in its artifacts/checkpoint."""
+    copied, code = folder / "checkpoint", folder / "code" / "cavs_model"
+    copied.mkdir()
+    for name in (WEIGHTS, ABOUT):
+        shutil.copyfile(checkpoint / name, copied / name)
+    (copied / "classes.json").write_text(json.dumps(classes, indent=1))
+    package = Path(cavs_model.__file__).parent
+    for file in package.rglob("*.py"):
+        target = code / file.relative_to(package)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+    frames, size = classes["frames"], classes["image_size_px"]
+    signature = ModelSignature(
+        inputs=Schema(
+            [
+                TensorSpec(np.dtype(np.uint8), (-1, frames, 3, size, size), "image"),
+                TensorSpec(np.dtype(np.float32), (-1, frames, NUM_FRAMES, NUM_BINS), "audio"),
+            ]
+        ),
+        outputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, frames, size, size))]),
+    )
+    path = folder / "model"
+    # MLflow warns of its own classes' type hints when they are loaded, of ours, which have none, and of an example's absence.
+    with warnings.catch_warnings(), _quiet_downloads():
+        warnings.simplefilter("ignore", UserWarning)
+        importlib.import_module("mlflow.pyfunc").save_model(
+            path=str(path),
+            python_model=str(MODEL_CODE),
+            artifacts={"checkpoint": str(copied)},
+            code_paths=[str(code)],
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in MODEL_PACKAGES],
+            signature=signature,
+            mlflow_model=model,
+        )
+    return path
+
+
+@lru_cache(maxsize=16)
+def _dataset(benchmark: Benchmark) -> Dataset:
+    """The benchmark as MLflow's data set: parameters as source, sizes as profile."""
+    frames, size = benchmark.frames, benchmark.image_size_px
+    image = TensorSpec(np.dtype(np.uint8), (-1, frames, 3, size, size), "image")
+    audio = TensorSpec(np.dtype(np.float32), (-1, frames, NUM_FRAMES, NUM_BINS), "audio")
+    label = TensorSpec(np.dtype(np.uint8), (-1, frames, size, size), "label")
+    schema = {"features": Schema([image, audio]).to_json(), "targets": Schema([label]).to_json()}
+    profile = {"classes": len(benchmark.class_names()), "frames": frames, "image_size_px": size}
+    return Dataset(
+        name=benchmark.name,
+        digest=benchmark.fingerprint()[:16],
+        source_type="code",
+        source=json.dumps({"benchmark": plain(benchmark)}),
+        schema=json.dumps({"mlflow_tensorspec": schema}),
+        profile=json.dumps(profile | {f"clips of {split}": len(benchmark.samples(split)) for split in benchmark.splits()}),
+    )
+
+
+@lru_cache(maxsize=1)
+def _origin() -> dict[str, str]:
+    """Who began the runs of this process, by which command and with which code."""
+    verb = f"python -m orchestrator.{Path(sys.argv[0]).stem}"
+    found = {"mlflow.source.name": verb, "mlflow.source.type": "LOCAL", "command": command()[:TAG_CHARACTERS]}
+    with suppress(OSError, KeyError):  # a user without a name, as in some containers
+        found["mlflow.user"] = getpass.getuser()
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or no checkout: a job's copy
+        return found
+    return found | {"commit": commit, "mlflow.source.git.commit": commit.removesuffix("-dirty")}
+
+
+def command() -> str:
+    """The command of this process, as it can be typed again; secrets are hidden."""
+    return shlex.join(["python", "-m", f"orchestrator.{Path(sys.argv[0]).stem}", *map(redacted, sys.argv[1:])])
 
 
 def tags_of(experiment: Experiment) -> dict[str, str]:

@@ -514,6 +514,7 @@ def _names_in(folder: Path) -> frozenset[str]:
 
 
 def listed(path: str) -> list[str]:
+    """The names in a folder. FaultError where it is missing or cannot be read."""
     try:
         return os.listdir(path)
     except FileNotFoundError:
@@ -527,6 +528,7 @@ def _picture(path: str, formats: tuple[str, ...]) -> Image.Image:
 
 
 def read_frame(path: str) -> Image.Image:
+    """A frame as a picture, JPEG or PNG. FaultError where it is missing or damaged."""
     return _picture(path, ("JPEG", "PNG"))
 
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = ("search_spaces", "orchestrator", "cavs_model")  # each may import those after it
 ALLOWED = {  # who may import it
     "ray": {"orchestrator.ray_backend", "orchestrator.search"},
-    "mlflow": {"orchestrator.tracker"},
+    "mlflow": {"orchestrator.tracker", "orchestrator.model_code"},  # the latter is stored with every model
     "optuna": {"orchestrator.search"},
 }
 

@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, DRIVER, browser, mlflow_server, shown
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
+from selenium.webdriver.support.ui import WebDriverWait
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
 
@@ -21,6 +23,8 @@ TRIALS = 3
 SHORT = ("--set", "schedule.base_epochs=2", "--set", "schedule.epochs=2")
 COMMAND = ("--trials", str(TRIALS), "--name", "toy", "--sampler", "tpe", *SHORT, "--no-report")
 ROOT = Path(__file__).parents[2]
+PICTURE = "//img[contains(@src, 'data_train.png') or starts-with(@src, 'blob:')]"
+CHART = "//*[contains(@class, 'js-plotly-plot')]//*[name()='svg']"
 
 
 def started(outputs: Path, *arguments: str, space: str = "tones") -> subprocess.Popen[str]:
@@ -99,6 +103,54 @@ def test_mlflow_holds_parent_trials_and_streams(done: tuple[Path, subprocess.Com
             item.path for folder in ("", "task_0", "task_1") for item in client.list_artifacts(stream.info.run_id, folder)
         }
         assert {"config.json", "task_0/memory.json", "task_1/collisions.json", "task_1/confusion_val.json"} <= listed
+
+
+def test_the_sweeps_run_says_what_came_out_and_how_to_do_it_again(
+    done: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    outputs, _ = done
+    (parent,) = runs(outputs, "sweep")
+    tags, metrics = parent.data.tags, parent.data.metrics
+    text = tags["mlflow.note.content"]
+    best = json.loads((outputs / "sweeps" / "toy" / "best.json").read_text())
+    assert f"val/miou/all {best['val/miou/all']:.4f}" in text
+    assert "python -m orchestrator.sweep tones --outputs" in text
+    assert metrics["objective"] == best["val/miou/all"] == metrics["miou/all"]
+    assert {"miou/old", "miou/new", "memory/bytes", "cost/worker_seconds"} <= set(metrics)
+    assert any(name.startswith("system/") and name.endswith("/cpu_utilization_percentage") for name in metrics)
+    assert parent.inputs.dataset_inputs[0].dataset.name == "tones"
+    client = MlflowClient(f"sqlite:///{outputs}/mlflow.db")
+    assert "data_train.png" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    (output,) = parent.outputs.model_outputs
+    folder = Path(client.get_logged_model(output.model_id).artifact_location.removeprefix("file://"))
+    names = json.loads((folder / "artifacts" / "checkpoint" / "classes.json").read_text())["classes"]
+    assert (len(names), names[0]) == (5, "background")
+    for trial in runs(outputs, "trial"):
+        assert trial.data.tags["sweep"] == "toy"
+        assert trial.data.metrics["objective"] == trial.data.metrics["miou/all"] == trial.data.metrics["val/miou/all"]
+
+
+@pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Debian's chromium and chromium-driver")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # selenium's sockets
+def test_mlflows_pages_show_table_chart_and_picture(
+    done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    outputs, _ = done
+    (parent,), stream = runs(outputs, "sweep"), runs(outputs, "stream")[0]
+    place = f"#/experiments/{parent.info.experiment_id}/runs"
+    with mlflow_server(outputs / "mlflow.db") as address, browser(tmp_path) as page:
+        shown(page, f"{address}/version", "body")
+        # The assistant opens by itself at the first visit, over the table's columns.
+        page.execute_script("localStorage.setItem('mlflow.assistant.fab.autoOpenedOnFirstLoad_v1', 'true')")
+        shown(page, f"{address}/{place}?viewStateShareKey=cavs", f"//a[contains(@href, '{parent.info.run_id}')]")
+        assert page.find_elements("css selector", ".ag-row button")  # to unfold the trials below it
+        for column in ("objective", "miou/all", "miou/old", "miou/new", "memory/bytes", "worker_seconds", "method", "setting"):
+            assert page.find_elements("css selector", f'[role="columnheader"][col-id*="{column}"]'), column
+        run = f"{address}/{place}/{parent.info.run_id}"
+        shown(page, run, "//h3[text()='Again']")
+        picture = shown(page, f"{run}/artifacts/data_train.png", PICTURE)
+        WebDriverWait(page, 60).until(lambda _: page.execute_script("return arguments[0].naturalWidth", picture) > 100)
+        shown(page, f"{address}/{place}/{stream.info.run_id}/model-metrics", CHART)
 
 
 def test_the_base_task_is_trained_once_for_all_trials(done: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

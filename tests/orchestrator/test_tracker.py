@@ -14,12 +14,17 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
+from cavs_model import checkpoint
 from cavs_model.checkpoint import About
+from cavs_model.datasets.cache import open_split
+from cavs_model.datasets.contact_sheet import contact_sheet
 from cavs_model.datasets.tones import Tones
 from cavs_model.errors import InputError
 from cavs_model.methods.finetune import Finetune
+from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
 from cavs_model.scenario import Scenario
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Memory, Rehearsal, Row, ScoreTable, State
 from orchestrator import tracker as tracker_module
@@ -154,6 +159,84 @@ def test_a_deleted_experiment_is_told(tracker, client, folder, tmp_path):
     MlflowClient(tracking_uri=uri).delete_experiment(tracker.experiment_id)
     with pytest.raises(InputError, match=r"'cavs' is deleted; restore it"):
         Tracker(uri, tmp_path)
+
+
+def test_runs_carry_what_they_are_filtered_by(tracker, client, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/x/orchestrator/sweep.py", "tones", "--set", "a b=1"])
+    tracker_module._origin.cache_clear()
+    tracker.belongs_to("sweep", "weekend")
+    tags = client.get_run(tracker.start("tagged", "trial", {})).data.tags
+    tracker.belongs_to("", "")
+    tracker._common, _ = {}, tracker_module._origin.cache_clear()
+    assert (tags["sweep"], tags["kind"]) == ("weekend", "trial")
+    assert tags["command"] == "python -m orchestrator.sweep tones --set 'a b=1'"
+    assert tags["mlflow.source.name"] == "python -m orchestrator.sweep"
+    if "commit" in tags:
+        assert tags["mlflow.source.git.commit"] == tags["commit"].removesuffix("-dirty")
+
+
+def test_the_experiment_offers_a_table_with_the_columns_that_matter(tracker, client):
+    tags = client.get_experiment(tracker.experiment_id).tags
+    view = json.loads(tags["mlflow.sharedViewState.cavs"])
+    assert {"tags.`method`", "metrics.`objective`", "metrics.`miou/old`", "metrics.`memory/bytes`"} <= set(
+        view["selectedColumns"]
+    )
+    assert tracker.view_path in tags["mlflow.note.content"]
+    assert tracker.view_path in tracker.open_hint
+
+
+def test_a_stream_names_its_data_set_with_the_fingerprint(tracker, client):
+    run = tracker.stream(dataclasses.replace(Experiment(), benchmark=TONES), 0, "data")
+    (logged,) = client.get_run(run).inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("tones", TONES.fingerprint()[:16])
+    assert json.loads(logged.dataset.source)["benchmark"]["train_clips"] == TONES.train_clips
+    assert json.loads(logged.dataset.profile)["clips of val"] == TONES.val_clips
+
+
+def test_notes_are_cut_at_a_line_and_pictures_are_artifacts(tracker, client, tmp_path):
+    run = tracker.start("noted", "sweep", {})
+    tracker.note(run, "line\n" * 2000)
+    text = client.get_run(run).data.tags["mlflow.note.content"]
+    assert set(text.splitlines()) == {"line", "..."}
+    tracker.image(run, "figures/data.png", contact_sheet(TONES, "train", 2))
+    assert Path(client.download_artifacts(run, "figures/data.png", str(tmp_path))).read_bytes().startswith(b"\x89PNG")
+
+
+def test_system_metrics_have_the_seconds_since_the_run_began_as_step(tracker, client):
+    run = tracker.start("system", "sweep", {})
+    began = client.get_run(run).info.start_time / 1000
+    for seconds in (2, 17):
+        tracker.system(run, {"system/10.0.0.1/cpu_utilization_percentage": 50.0}, began + seconds + 0.5)
+    history = client.get_metric_history(run, "system/10.0.0.1/cpu_utilization_percentage")
+    assert [point.step for point in history] == [2, 17]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # MLflow's, of its own classes
+def test_a_model_is_loaded_and_registered_without_a_pickle(tracker, client, tmp_path, monkeypatch):
+    config = NetworkConfig("tiny", "none", "tiny", audio_dim=16, width=16)
+    network = AVSegmenter(config, 3, AUDIO_VISUAL).eval()
+    about = About(AUDIO_VISUAL, 3, dataclasses.asdict(config))
+    checkpoint.save(tmp_path / "network", network.state_dict(), about)
+    run = tracker.start("with a model", "sweep", {"method": "cmr"})
+    facts = {"classes": ["background", "a", "b"], "image_size_px": 32, "frames": 2}
+    for _ in range(2):  # what goes on does not log it twice
+        tracker.model(run, tmp_path / "network", facts, {"objective": 0.5}, 1)
+    assert len(client.get_run(run).outputs.model_outputs) == 1
+    clips = TONES.render("val", [0, 1])
+    # A model's files are looked up in the store of this variable, whatever store is given besides.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", tracker.uri)
+    folder = Path(mlflow.artifacts.download_artifacts(f"runs:/{run}/model", dst_path=str(tmp_path)))
+    version = mlflow.register_model(f"runs:/{run}/model", "segmenter")
+    loaded = mlflow.pyfunc.load_model(f"models:/segmenter/{version.version}")
+    answer = loaded.predict({"image": clips.image, "audio": clips.audio.astype(np.float32)})
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".pt", ".pth")]
+    (found,) = [path.parent for path in files if path.name == "about.json"]
+    assert checkpoint.read(found).about == about
+    assert json.loads((found / "classes.json").read_text()) == facts
+    with torch.no_grad():
+        batch = open_split(TONES, "val", tmp_path).batch(["val-00000", "val-00001"], [False] * 2, [TASK.seen_rule.table()] * 2)
+        assert np.array_equal(answer, network(batch).logits.argmax(dim=2).numpy())
 
 
 # The record of a task.
