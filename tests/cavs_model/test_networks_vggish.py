@@ -248,7 +248,7 @@ def test_answers_lie_beside_the_clips(published, tmp_path):
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1
     victim.write_bytes(content)
-    with pytest.raises(InputError, match=victim.name):
+    with pytest.raises(InputError, match=rf"missing {name} blocks \[1\]"):
         verify(STORED, "train", tmp_path, name)
 
 

@@ -96,7 +96,7 @@ FAILED = event("trial", status="FAILED", final=False, error="a worker died", val
 
 
 def log_of(folder: Path, retries: int) -> tuple[TrialLog, Recorder, io.StringIO]:
-    ledger, tracker, out = Ledger(folder, {}), Recorder(), io.StringIO()
+    ledger, tracker, out = Ledger(folder, {"objectives": [{"metric": "x", "mode": "max"}]}), Recorder(), io.StringIO()
     ledger.begin(1, {"method.samples_per_class": 1}, {})
     progress = Progress(out, (1.0, 1.0), (0,), 1)
     return TrialLog(tracker, ledger, progress, retries), tracker, out  # type: ignore[arg-type]
@@ -143,7 +143,10 @@ def test_what_mlflow_has_is_not_logged_again_and_what_it_refused_is(tmp_path: Pa
     log({**report, "task": 1, "metrics": {"x": 2.0}})
     assert json.loads((tmp_path / LEDGER_FILE).read_text())["trials"]["1"]["metrics"] == {"x": 1.0}  # MLflow first
     log(report)  # as of a trial that began again
-    assert [call[1:] for call in tracker.named("metrics")] == [({"x": 1.0}, 0), ({"x": 2.0}, 1)]
+    assert [call[1:] for call in tracker.named("metrics")] == [
+        ({"x": 1.0, "objective": 1.0}, 0),
+        ({"x": 2.0, "objective": 2.0}, 1),
+    ]
 
 
 def trial(state: Any = "FINISHED", **metrics: float) -> Trial:

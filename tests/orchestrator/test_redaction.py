@@ -121,7 +121,7 @@ class Refusing:
 
 
 def test_progress_and_ledger_of_a_sweep_hold_no_secret(tmp_path: Path) -> None:
-    ledger, tracker, out = Ledger(tmp_path, {}), Refusing(), io.StringIO()
+    ledger, tracker, out = Ledger(tmp_path, {"objectives": [{"metric": "x", "mode": "max"}]}), Refusing(), io.StringIO()
     ledger.begin(1, {}, {})
     ledger.change(1, run="r")
     log = TrialLog(tracker, ledger, Progress(out, (1.0,), (0,), 1), 0)  # type: ignore[arg-type]
