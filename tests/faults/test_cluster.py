@@ -32,7 +32,7 @@ pytestmark = [
 ]
 
 LONG = ("--set", "schedule.base_epochs=20", "--set", "schedule.epochs=2")  # a base task long enough to be hit
-SWEEP = ("tones", "--trials", "2", "--sampler", "tpe", *LONG)
+SWEEP = ("tones", "--trials", "2", "--sampler", "tpe", "--no-report", *LONG)
 IN_MIDDLE = "epoch "  # a line on an epoch: a worker trains the base task
 INTERRUPTED = 130
 NODES = Path(__file__).parent / "fault_nodes.py"
@@ -73,7 +73,7 @@ def ended_alike(outputs: Path, undisturbed: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "arguments", "number"), [
-    ("compare", ("tones", "--seeds", "0,1", "--name", NAME, *LONG), signal.SIGTERM),
+    ("compare", ("tones", "--seeds", "0,1", "--name", NAME, "--no-report", *LONG), signal.SIGTERM),
     ("sweep", SWEEP, signal.SIGTERM),
     ("sweep", SWEEP, signal.SIGINT),
     ("run", ("tones", *LONG), signal.SIGINT),
