@@ -18,7 +18,8 @@ SHORTEST, SHORTEST_OF_ENVIRONMENT = 4, 6  # a shorter value is part of ordinary 
 
 _CREDENTIALS = re.compile(r"(?<=://)(?!/)[^\s'\"<>|]*@")  # up to the last "@": a password may hold others, and slashes
 _BARE = re.compile(r"(?<![\w/.-])[\w.+-]+:[^\s'\"@/]+@(?=[\w.\[])")  # user:password@host where the scheme was forgotten
-_OPTION = re.compile(r"(?i)([?&;][\w.-]*(?:pass|pwd|secret|token|key|sig)[\w.-]*=)[^\s&;#'\"]+")
+# All but MLflow's name for the view of a table, which is in the link that every verb prints.
+_OPTION = re.compile(r"(?i)([?&;](?!viewStateShareKey=)[\w.-]*(?:pass|pwd|secret|token|key|sig)[\w.-]*=)[^\s&;#'\"]+")
 _SECRET_NAME = re.compile(r"(?i)(passw|pwd|secret|token|api_?key|access_?key|private_?key|credential|connection_?string)")
 _FIGURE = re.compile(r"(?i)true|false|yes|no|none|\d{1,6}")  # RAY_..._TOKEN_RATE=100 and its kind are no secrets
 _URI = re.compile(r"://(?!/)([^\s'\"<>|]*)@")

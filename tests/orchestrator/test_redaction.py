@@ -103,6 +103,11 @@ def test_bad_input_and_errors_that_nobody_expects_are_told_without_secrets(
     assert "s3cret" not in told.stderr + told.stdout
 
 
+def test_the_link_to_mlflows_table_stays_whole() -> None:
+    link = "open http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=cavs&access_key=s3cret"
+    assert redacted(link) == link.replace("s3cret", "***")
+
+
 class Refusing:
     """A tracker whose store fails, and says so with its URI; it notes what it was told."""
 
