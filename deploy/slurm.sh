@@ -40,7 +40,7 @@ parts=()
 started() { # the index of a node and what ray start is to do there; stays in the foreground of its step, so that Slurm ends it
     srun --nodes=1 --ntasks=1 --overlap --nodelist="${nodes[$1]}" --kill-on-bad-exit=1 \
         "$BIN/ray" start --block --disable-usage-stats --num-cpus="$cpus" --num-gpus="$gpus" \
-        --temp-dir="/tmp/cavs-ray-$SLURM_JOB_ID" "${@:2}" &
+        --temp-dir="${TMPDIR:-/tmp}/cavs-ray-$SLURM_JOB_ID" "${@:2}" &
     parts+=($!)
 }
 
