@@ -33,7 +33,7 @@ pytest: $(INSTALLED)
 # Every fault, some 20 minutes on 2 idle cores; what was killed, when, and what came of it is added to $(OUTPUTS)/faults.md.
 test-faults: $(INSTALLED)
 	mkdir -p $(OUTPUTS)
-	FAULT_RECORDS=$(abspath $(OUTPUTS))/faults.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults -m "" $(ARGS)
+	FAULT_RECORDS=$(abspath $(OUTPUTS))/faults.md OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/faults tests/orchestrator/test_sweep.py -m "" $(ARGS)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.train_step --short $(ARGS)

@@ -183,6 +183,7 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_says_so(
     assert runs(tmp_path, "sweep")[0].info.status == "FAILED"
 
 
+@pytest.mark.faults
 def test_a_sweep_killed_in_the_middle_goes_on_and_ends_like_an_undisturbed_one(
     done: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
