@@ -539,8 +539,9 @@ def drain(mailbox: Any) -> list[Event]:
 
 
 def new_mailbox() -> Any:
-    """A mailbox beside the driver."""
-    return Mailbox.remote()  # type: ignore[attr-defined]
+    """A mailbox beside the driver: on another node it would be lost with that node."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
 @dataclass

@@ -161,13 +161,21 @@ def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
     client = JobSubmissionClient(f"http://{nodes.dashboard}", headers=token)
     entry = " ".join([sys.executable, "-m", "orchestrator.sweep", *SWEEP, "--name", NAME, "--outputs", str(tmp_path)])
     variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    job = client.submit_job(entrypoint=entry, runtime_env={"env_vars": variables})
+    submitted = [""]
+
+    def submit() -> bool:
+        with suppress(RuntimeError):  # the node's agent, which takes jobs, starts some seconds after its raylet
+            submitted[0] = client.submit_job(entrypoint=entry, runtime_env={"env_vars": variables})
+        return bool(submitted[0])
 
     def until(condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 300
         while not condition():
-            assert time.monotonic() < deadline, client.get_job_logs(job)
+            assert time.monotonic() < deadline, client.get_job_logs(submitted[0]) if submitted[0] else "no job was taken"
             time.sleep(0.2)
+
+    until(submit)
+    (job,) = submitted
 
     until(lambda: IN_MIDDLE in client.get_job_logs(job))
     client.stop_job(job)
@@ -213,7 +221,7 @@ def test_asha_prunes_on_ray(tmp_path: Path, record: Callable[..., None]) -> None
     """Three tasks: after the first one all trials are equal, for they share the base task."""
     process = finished(
         verb("sweep", "tones", "--trials", "6", "--asha", "2", "--sampler", "tpe", "--name", NAME, "--outputs", str(tmp_path),
-             "--set", "scenario.setting=2-1", "--set", "schedule.base_epochs=4", "--set", "schedule.epochs=4")
+             "--no-report", "--set", "scenario.setting=2-1", "--set", "schedule.base_epochs=4", "--set", "schedule.epochs=4")
     )  # fmt: skip
     assert process.popen.returncode == 0, process.output
     with open(tmp_path / "sweeps" / NAME / "trials.csv") as file:
