@@ -6,6 +6,7 @@ groups are left and how many CPUs are taken once half a minute has gone or none 
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 
@@ -29,10 +30,19 @@ def left(address: str) -> str:
         time.sleep(0.5)
 
 
+def port_of_nobody() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def main() -> int:
     head, *others = (int(cpus) for cpus in sys.argv[1:])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, "include_dashboard": True, "dashboard_port": 0})
-    nodes = [cluster.add_node(num_cpus=cpus) for cpus in others]
+    # Without a port of its own the agent that takes jobs has none where another cluster runs on the machine.
+    shown = {"include_dashboard": True, "dashboard_port": 0, "dashboard_agent_listen_port": port_of_nobody()}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": head, **shown})
+    nodes = [cluster.add_node(num_cpus=cpus, dashboard_agent_listen_port=port_of_nobody()) for cpus in others]
     print("ready", cluster.address, cluster.head_node.webui_url, flush=True)
     for line in sys.stdin:
         if line.strip() == "kill":

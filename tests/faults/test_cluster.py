@@ -7,7 +7,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from fault_nodes import port_of_nobody
 from fault_tools import Here, Process, epochs_of, finished, left_behind, result_of, running, stream, verb
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
@@ -237,12 +237,6 @@ def test_asha_prunes_on_ray(tmp_path: Path, record: Callable[..., None]) -> None
     assert told.count(2) == len(pruned)  # optuna.trial.TrialState.PRUNED
     assert not left_behind(tmp_path)
     record("ASHA stops trials (no fault)", "after task 2 of 3", "nothing", f"{len(pruned)} of 6 trials PRUNED")
-
-
-def port_of_nobody() -> int:
-    with socket.socket() as made_socket:
-        made_socket.bind(("127.0.0.1", 0))
-        return int(made_socket.getsockname()[1])
 
 
 def test_the_mlflow_server_is_away_for_a_while(tmp_path: Path, record: Callable[..., None]) -> None:
