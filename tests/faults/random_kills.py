@@ -77,7 +77,8 @@ def run(outputs: Path, calm: Path, kills: int, seed: int, arguments: Sequence[st
             killed = kill(process, moment)
             process.end()
         assert killed or process.popen.returncode == 0, process.output
-        assert not process.outlived_by(60.0)  # a cluster whose driver was killed ends by itself
+        left = process.outlived_by(60.0)  # a cluster whose driver was killed ends by itself
+        assert not left, left
         assert kept(before, made(outputs))
         moments.append(f"{moment:.0f} s" if killed else f"{moment:.0f} s (had ended)")
         there.append(len(made(outputs)))
