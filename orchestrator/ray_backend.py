@@ -347,6 +347,9 @@ class RayBackend:
             train_task(job, RayWorker(mailbox))
 
         name, note = Path(job.output).name.strip("."), self._note_of(job)
+        # What a process that was killed left of the same outcome, whose lock is ours now.
+        for leftover in self.scratch.glob(f"{name.partition('.')[0]}.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         failures, begun_with = 0, 0
         # The tries are counted here and not by Ray, which would repeat what fails in the same way every time. A further try
         # goes on from job.resume, on as many workers as there is room for by then.
