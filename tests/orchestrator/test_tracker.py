@@ -6,9 +6,9 @@ import json
 import math
 import os
 import shutil
-import socket
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -514,18 +514,22 @@ def test_a_server_that_never_answers_is_given_less_than_ten_seconds(tmp_path, mo
 
 
 def test_a_server_that_is_something_else_is_told(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    class Refusing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(403)
 
-        def answer():
-            for _ in range(2):
-                connection, _ = server.accept()
-                connection.recv(4096)
-                connection.sendall(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\nConnection: close\r\n\r\nno")
-                connection.close()
+        def log_message(self, *_):
+            pass
 
-        threading.Thread(target=answer, daemon=True).start()
-        with pytest.raises(InputError, match=r"MLflow cannot be reached.*403"):
-            Tracker(f"http://127.0.0.1:{server.getsockname()[1]}", tmp_path)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(InputError, match=r"MLflow cannot be reached.*403"):
+                Tracker(f"http://127.0.0.1:{server.server_port}", tmp_path)
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_a_database_below_a_file_is_told(tmp_path):
