@@ -218,10 +218,14 @@ def test_a_node_is_killed(tmp_path: Path, record: Callable[..., None]) -> None:
 
 
 def test_asha_prunes_on_ray(tmp_path: Path, record: Callable[..., None]) -> None:
-    """Three tasks: after the first one all trials are equal, for they share the base task."""
+    """Three tasks: after the first one all trials are equal, for they share the base task; later few epochs are too few."""
+    space = tmp_path / "epochs.py"
+    space.write_text(
+        "from search_spaces.tones import BASE, OBJECTIVES\ndef define(trial):\n    trial.suggest_int('schedule.epochs', 1, 8)\n"
+    )
     process = finished(
-        verb("sweep", "tones", "--trials", "6", "--asha", "2", "--sampler", "tpe", "--name", NAME, "--outputs", str(tmp_path),
-             "--no-report", "--set", "scenario.setting=2-1", "--set", "schedule.base_epochs=4", "--set", "schedule.epochs=4")
+        verb("sweep", str(space), "--trials", "6", "--asha", "2", "--sampler", "tpe", "--search-seed", "2", "--name", NAME,
+             "--outputs", str(tmp_path), "--no-report", "--set", "scenario.setting=2-1", "--set", "schedule.base_epochs=8")
     )  # fmt: skip
     assert process.popen.returncode == 0, process.output
     with open(tmp_path / "sweeps" / NAME / "trials.csv") as file:
