@@ -129,7 +129,7 @@ def fitted(root: str, clips: int, epochs: int) -> dict[str, Any]:
             stamps.write()
 
         began = time.time()
-        backend._try(loop, "fit", {"CPU": 1.0})
+        backend._try(loop, "fit", workers=1)
         return {**json.loads(Path(f"{output}.{STAMPS}").read_text()), "began": began, "ended": time.time()}
 
 

@@ -94,6 +94,11 @@ def save(directory: Path, state: Mapping[str, Tensor], about: About) -> None:
     _write(directory, {WEIGHTS: _encode(state), ABOUT: json.dumps(asdict(about), indent=1).encode()})
 
 
+def is_whole(directory: Path) -> bool:
+    """Whether a checkpoint was written there to its end."""
+    return (directory / ABOUT).is_file()
+
+
 def read_about(directory: Path) -> About:
     """The description of a checkpoint alone. InputError that names a missing or damaged file."""
     path = directory / ABOUT

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -313,7 +313,9 @@ class RayBackend:
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         pool = ThreadPoolExecutor(len(jobs), thread_name_prefix="fit")
         try:
-            return list(pool.map(self._fit, jobs))
+            fits = [pool.submit(self._fit, job) for job in jobs]
+            wait(fits)  # a network that can be learned is, whatever becomes of another
+            return [fit.result() for fit in fits]
         finally:
             # After an interrupt the fits end with the connection, and not before: waiting for them here would be for ever.
             pool.shutdown(wait=False, cancel_futures=True)

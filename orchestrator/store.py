@@ -205,33 +205,44 @@ class StoredBackend:
 
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         entries, by_key = self._entries, {train_key(job): job for job in jobs}
-        seconds: dict[str, float] = {}  # of what was trained now
         with ExitStack() as locks, room_in(self._entries.root):
             absent = {key for key in by_key if self._found("networks", key) is None}
             # In sorted order, so that two trials that want the same two networks never wait for each other.
             for key in sorted(absent):
                 locks.enter_context(self._locked(key, by_key[key].label))
             missing = [key for key in by_key if key in absent and self._found("networks", key, locked=True) is None]
-            partial = {key: entries.new_folder("networks", key) for key in missing}
-            try:
-                if missing:
-                    for key in missing:
-                        entries.resume(key).mkdir(exist_ok=True)
-                    self.backend.train(
-                        [replace(by_key[key], output=str(partial[key]), resume=str(entries.resume(key))) for key in missing]
-                    )
-                for key in missing:
-                    about = checkpoint.read_about(partial[key])
-                    seconds[key] = about.seconds * about.world_size
-                    entries.keep("networks", key, partial[key], by_key[key].label, seconds[key])
-            finally:
-                for key in missing:
-                    shutil.rmtree(partial[key], ignore_errors=True)
-                    with suppress(OSError):  # there is something to go on from, or nothing at all
-                        entries.resume(key).rmdir()
+            if missing:
+                self._train({key: by_key[key] for key in missing})
         for key in by_key:
-            self._count("networks", key, seconds.get(key), None if key in seconds else self._found("networks", key))
+            if key not in missing:
+                self._count("networks", key, None, self._found("networks", key))
         return [str(entries.path("networks", key)) for key in by_key]
+
+    def _train(self, jobs: Mapping[str, TaskJob]) -> None:
+        """Trains what is missing and keeps every network that is whole, whatever becomes of the others."""
+        entries = self._entries
+        partial = {key: entries.new_folder("networks", key) for key in jobs}
+        with ExitStack() as at_the_end:
+            for key in jobs:
+                at_the_end.callback(self._clear, key, partial[key])
+            for key in jobs:
+                entries.resume(key).mkdir(exist_ok=True)
+            try:
+                self.backend.train(
+                    [replace(job, output=str(partial[key]), resume=str(entries.resume(key))) for key, job in jobs.items()]
+                )
+            finally:
+                for key, job in jobs.items():
+                    if checkpoint.is_whole(partial[key]):
+                        about = checkpoint.read_about(partial[key])
+                        seconds = about.seconds * about.world_size
+                        entries.keep("networks", key, partial[key], job.label, seconds)
+                        self._count("networks", key, seconds)
+
+    def _clear(self, key: str, partial: Path) -> None:
+        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # there is something to go on from, or nothing at all
+            self._entries.resume(key).rmdir()
 
     def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
         key = consolidate_key(job, checkpoint, previous)

@@ -25,6 +25,7 @@ from orchestrator.entries import FOLDER_KINDS, KINDS
 
 NAME = "killed"
 SWEEP_SECONDS = 12 * 3600.0
+CLUSTER_SECONDS = 180.0  # a cluster whose driver was killed ends by itself, Ray's agents after a minute of looking for its head
 
 
 def made(outputs: Path) -> dict[str, float]:
@@ -77,7 +78,7 @@ def run(outputs: Path, calm: Path, kills: int, seed: int, arguments: Sequence[st
             killed = kill(process, moment)
             process.end()
         assert killed or process.popen.returncode == 0, process.output
-        left = process.outlived_by(60.0)  # a cluster whose driver was killed ends by itself
+        left = process.outlived_by(CLUSTER_SECONDS)
         assert not left, left
         assert kept(before, made(outputs))
         moments.append(f"{moment:.0f} s" if killed else f"{moment:.0f} s (had ended)")

@@ -50,7 +50,7 @@ CHECKPOINTS = {AUDIO_VISUAL: "networks/abc", VISUAL_ONLY: "networks/def"}
 
 @dataclasses.dataclass
 class FakeBackend:
-    """Answers at once and remembers what it was asked. `fail` raises after the first network is written."""
+    """Answers at once and remembers what it was asked. `fail` is raised in the middle of writing the last network."""
 
     asked: list = dataclasses.field(default_factory=list)
     fail: BaseException | None = None
@@ -64,7 +64,8 @@ class FakeBackend:
         for job in jobs:
             about = About(job.network, job.task.num_classes, {}, ({"loss": 1.0},), clips=3, seconds=2.0, world_size=2)
             checkpoint.save(pathlib.Path(job.output), {"weight": torch.ones(2)}, about)
-            if self.fail is not None:
+            if self.fail is not None and job is jobs[-1]:
+                (pathlib.Path(job.output) / checkpoint.ABOUT).unlink()
                 raise self.fail
         return [job.output for job in jobs]
 
@@ -165,16 +166,19 @@ def test_data_are_prepared_under_a_lock_and_always_looked_at(tmp_path):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()])
-def test_what_fails_leaves_nothing_and_is_tried_again(tmp_path, error):
+def test_of_what_fails_only_what_is_whole_is_kept_and_the_rest_tried_again(tmp_path, error):
     stored = StoredBackend(FakeBackend(fail=error), tmp_path)
     pair = [JOB, dataclasses.replace(JOB, network=VISUAL_ONLY)]
     with pytest.raises(type(error)):
         stored.train(pair)
     with pytest.raises(type(error)):
         stored.consolidate(CONSOLIDATE, "networks/abc", None)
-    assert list((tmp_path / "networks").iterdir()) == list((tmp_path / "states").iterdir()) == []
-    assert stored.reuse.computed == 0
-    assert len(StoredBackend(FakeBackend(), tmp_path).train(pair)) == 2
+    assert [path.name for path in (tmp_path / "networks").iterdir()] == [train_key(JOB)]
+    assert list((tmp_path / "states").iterdir()) == list((tmp_path / "partial").iterdir()) == []
+    assert (stored.reuse.computed, stored.reuse.computed_seconds) == (1, 4.0)
+    again = StoredBackend(FakeBackend(), tmp_path)
+    assert len(again.train(pair)) == 2
+    assert again.backend.asked == [("train", (VISUAL_ONLY,))]
     assert {path.name for path in (tmp_path / "networks").iterdir()} == {train_key(job) for job in pair}
 
 
