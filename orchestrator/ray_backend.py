@@ -20,12 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
@@ -410,6 +412,7 @@ class RayBackend:
         """One fit. TrainingFailedError where a worker fails, or there was no room for a while (`_found_no_room`)."""
         trainer = ray.train.torch.TorchTrainer(
             loop,
+            torch_config=_OverRaysAddresses(),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=self.resources.gpus_per_worker > 0,
@@ -461,6 +464,31 @@ class RayBackend:
         slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
         wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
         return max(1, -(-int(wanted) // batch_size)) * batch_size
+
+
+class _OverRaysAddresses(ray.train.torch.TorchConfig):
+    """A process group whose Gloo connects by the addresses by which Ray's nodes know each other.
+
+    By itself it takes what the host's own name stands for, which is a loopback address on many systems.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _TorchOverRaysAddresses
+
+
+class _TorchOverRaysAddresses(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_take_rays_interface)
+        super().on_start(worker_group, backend_config)
+
+
+def _take_rays_interface() -> None:
+    """Names the network interface of the node's address to Gloo, unless the user has named one."""
+    address = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    for name, known in psutil.net_if_addrs().items():
+        if any(each.address == address for each in known):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 @ray.remote

@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import pytest
+from fault_namespaces import namespaces
 from fault_nodes import port_of_nobody
 from fault_tools import Here, Process, epochs_of, finished, left_behind, result_of, running, stream, verb
 from mlflow.entities import Run
@@ -35,7 +37,7 @@ LONG = ("--set", "schedule.base_epochs=20", "--set", "schedule.epochs=2")  # a b
 SWEEP = ("tones", "--trials", "2", "--sampler", "tpe", "--no-report", *LONG)
 IN_MIDDLE = "epoch "  # a line on an epoch: a worker trains the base task
 INTERRUPTED = 130
-NODES = Path(__file__).parent / "fault_nodes.py"
+NODES, NAMESPACES = (Path(__file__).parent / name for name in ("fault_nodes.py", "fault_namespaces.py"))
 
 
 def sweep(outputs: Path) -> list[str]:
@@ -119,22 +121,41 @@ def test_three_random_kills_of_a_sweep(undisturbed: Path, tmp_path: Path, record
 
 @dataclass(frozen=True)
 class Nodes:
-    """A cluster that outlives its drivers. `joined` is the environment of a driver that is to join it."""
+    """A cluster that outlives its drivers. `joined` is the environment of a driver that is to join it, behind `inside`."""
 
     process: Process
     joined: Mapping[str, str]
     dashboard: str
+    inside: tuple[str, ...] = ()
+
+
+def cluster(*cpus: str) -> AbstractContextManager[Nodes]:
+    """A cluster with a node per number of CPUs, on one address."""
+    return _cluster([sys.executable, str(NODES), *cpus])
 
 
 @contextmanager
-def cluster(*cpus: str) -> Iterator[Nodes]:
-    """A cluster with a node per number of CPUs. At the end no driver may have left a placement group or hold a CPU."""
+def cluster_of_namespaces() -> Iterator[Nodes]:
+    """Two nodes of a CPU each, with an address each. Skips where no namespaces can be made."""
+    with ExitStack() as open_now:
+        try:
+            head, node = open_now.enter_context(namespaces())
+        except PermissionError as error:
+            pytest.skip(f"network namespaces cannot be made here: {error}")
+        folder = open_now.enter_context(TemporaryDirectory(prefix="ray"))  # sockets lie there, whose paths must be short
+        inside = ("ip", "netns", "exec", head)
+        yield open_now.enter_context(_cluster([*inside, sys.executable, str(NAMESPACES), head, node, folder], inside))
+
+
+@contextmanager
+def _cluster(command: list[str], inside: tuple[str, ...] = ()) -> Iterator[Nodes]:
+    """At the end no driver may have left a placement group or hold a CPU."""
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     patience = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # three seconds are few on a machine that others use too
-    with running([sys.executable, str(NODES), *cpus], secret | patience, stdin=subprocess.PIPE) as process:
+    with running(command, secret | patience, stdin=subprocess.PIPE) as process:
         process.until("ready ")
         _, address, dashboard = next(line for line in process.lines if line.startswith("ready ")).split()
-        yield Nodes(process, secret | {"RAY_ADDRESS": address}, dashboard)
+        yield Nodes(process, secret | {"RAY_ADDRESS": address}, dashboard, inside)
         tell(process, "left")
         process.until("left ")
         assert "left 0 groups, 0 CPUs\n" in process.lines, process.output
@@ -190,13 +211,21 @@ def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
     assert kept(before, made(tmp_path))
 
 
-def test_a_node_is_killed(tmp_path: Path, record: Callable[..., None]) -> None:
+@pytest.mark.parametrize(
+    ("nodes_of", "fault"),
+    [(lambda: cluster("1", "1"), "SIGKILL of a node of two"),
+     (cluster_of_namespaces, "cable pulled, then SIGKILL of all on that node; two nodes with addresses of their own")],
+    ids=["one-address", "namespaces"],
+)  # fmt: skip
+def test_a_node_is_lost(
+    nodes_of: Callable[[], AbstractContextManager[Nodes]], fault: str, tmp_path: Path, record: Callable[..., None]
+) -> None:
     """Two nodes of a CPU each hold a worker each; the task goes on with the one that is left."""
     reference = result_of(Here(tmp_path / "calm", plain=True))
     root, impatient = tmp_path / "killed", {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}
     with (
-        cluster("1", "1") as nodes,
-        running(stream(root, "--workers", "2", "--plain"), {**nodes.joined, **impatient}) as process,
+        nodes_of() as nodes,
+        running([*nodes.inside, *stream(root, "--workers", "2", "--plain")], {**nodes.joined, **impatient}) as process,
     ):
         process.until(lambda: any(epochs[-1:] == [3] for epochs in epochs_of(process).values()))
         tell(nodes.process, "kill")
@@ -213,7 +242,7 @@ def test_a_node_is_killed(tmp_path: Path, record: Callable[..., None]) -> None:
     assert not left_behind(root)
     pairs = zip(result["metrics"], reference["metrics"], strict=True)
     difference = max(abs(ours[name] - theirs[name]) for ours, theirs in pairs for name in ours)
-    record("SIGKILL of a node of two", "in epoch 4 of 6, base task", f"{again} epochs; on with 1 of 2 workers",
+    record(fault, "in epoch 4 of 6, base task", f"{again} epochs; on with 1 of 2 workers",
            f"metrics, largest difference to one worker {difference:.1g}")  # fmt: skip
 
 
