@@ -125,7 +125,9 @@ def against_separate(report: Report, count: int) -> None:
         report.raw[f"imagined {setting}"] = {"sweep": shared.spent, "separate": alone.spent}
         by_kind = ", ".join(f"{kind} {shared.spent[kind]:.0f} of {alone.spent[kind]:.0f}" for kind in shared.spent)
         rows.append((setting, f"{sweep:.0f}", f"{separate:.0f}", f"{sweep / separate:.3f}", by_kind))
-    report.say(f"{count} trials of the default search (CMR, 5 + 4 epochs, 1200 scenes), imagined worker-seconds:")
+    schedule = cmr_collage.BASE.schedule
+    epochs = f"{schedule.base_epochs} + {schedule.epochs} epochs"
+    report.say(f"{count} trials of the default search (CMR, {epochs}), imagined worker-seconds:")
     report.say()
     report.table(["setting", "sweep", "separate streams", "share", "of this"], rows)
 
