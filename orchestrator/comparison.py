@@ -62,11 +62,15 @@ def background_alone(outcome: TaskOutcome) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean over paired seeds of (entry - reference), with the bootstrap interval of that mean."""
+    """Mean over paired seeds of (entry - reference), with the bootstrap interval of that mean; none of one seed (NaN)."""
 
     mean: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
+
+    def __str__(self) -> str:
+        interval = "" if math.isnan(self.low) else f" [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f}{interval}"
 
 
 def paired_difference(ours: Sequence[float], reference: Sequence[float]) -> Difference:
@@ -80,6 +84,8 @@ def paired_difference(ours: Sequence[float], reference: Sequence[float]) -> Diff
         raise ValueError(f"expected as many values as reference values, got {len(ours)} and {len(reference)}")
     differences = np.subtract(ours, reference)
     size = len(differences)
+    if size == 1:
+        return Difference(float(differences[0]))
     if size <= LISTED:
         picks = np.array(list(itertools.product(range(size), repeat=size)))
     else:
@@ -161,9 +167,7 @@ def markdown(rows: Sequence[Row], split: str, reference: str = "", metric: str =
                 cells[1] = row.failed
             if reference:
                 difference = row.difference.get(f"{split}/{metric}")
-                cells.append(
-                    "" if difference is None else f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-                )
+                cells.append("" if difference is None else str(difference))
             seconds, size = row.mean.get("worker_seconds"), row.mean.get("memory_bytes")
             cells += ["" if seconds is None else f"{seconds:.0f}", "" if size is None else f"{size / 2**20:.1f}"]
             lines.append("| " + " | ".join(cells) + " |")
@@ -201,11 +205,8 @@ def table_csv(rows: Sequence[Row]) -> str:
                 line[f"{name}/std"] = repr(row.std[name])
             if name in row.difference:
                 found = row.difference[name]
-                line |= {
-                    f"{name}/difference": repr(found.mean),
-                    f"{name}/low": repr(found.low),
-                    f"{name}/high": repr(found.high),
-                }
+                limits = {"difference": found.mean, "low": found.low, "high": found.high}
+                line |= {f"{name}/{limit}": repr(value) for limit, value in limits.items() if not math.isnan(value)}
         lines.append(line)
     first = ["setting", "entry", "seeds", "failed"]
     names = [*first, *sorted({name for line in lines for name in line} - set(first))]

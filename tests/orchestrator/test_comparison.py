@@ -67,10 +67,15 @@ def test_a_row_has_mean_spread_and_the_paired_difference():
     assert not second.difference
 
 
-def test_one_seed_has_no_spread():
-    (row,) = table([result("a", 0, 0.5)], (0,))
+def test_one_seed_has_no_spread_and_its_difference_no_interval():
+    row, reference = table([result("a", 0, 0.5), result("b", 0, 0.25)], (0,), reference="b")
     assert row.mean["val/miou/all"] == 0.5
     assert not row.std
+    assert row.difference["val/miou/all"].mean == 0.25
+    text = markdown([row, reference], "val", "b")
+    assert "| +0.250 |" in text
+    assert "val/miou/all/difference" in table_csv([row, reference])
+    assert "val/miou/all/low" not in table_csv([row, reference])
 
 
 @pytest.mark.parametrize("broken", [result("a", 2, 0, error="DivergedError: loss is not finite"), None])
