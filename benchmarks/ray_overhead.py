@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ from cavs_model.train import Schedule, Seeds, TaskJob, train_task
 from cavs_model.types import AUDIO_VISUAL
 from cavs_model.worker import LocalWorker
 from orchestrator.experiment import Resources
-from orchestrator.ray_backend import WORKER_ENVIRONMENT, RayBackend, RayWorker, connected
+from orchestrator.ray_backend import WORKER_ENVIRONMENT, RayBackend, RayWorker, connected, in_an_actor
 
 BATCH = 16
 STAMPS = "stamps.json"
@@ -116,8 +118,8 @@ def launched(words: list[str], root: str, clips: int, epochs: int) -> dict[str, 
         return {**json.loads(Path(f"{output}.{STAMPS}").read_text()), "began": began, "ended": time.time()}
 
 
-def fitted(root: str, clips: int, epochs: int) -> dict[str, Any]:
-    """The same by a fit on the cluster, through the backend's own way of starting one."""
+def fitted(root: str, clips: int, epochs: int, call: Callable[[Callable[[], Any]], Any]) -> dict[str, Any]:
+    """The same by a fit on the cluster, asked for by the actor that `call` calls in, as a sweep's trials do."""
     with tempfile.TemporaryDirectory(dir=root) as place:
         output = f"{place}/network"
         backend = RayBackend(Path(root), Path(place) / "scratch", Resources())
@@ -129,7 +131,9 @@ def fitted(root: str, clips: int, epochs: int) -> dict[str, Any]:
             stamps.write()
 
         began = time.time()
-        backend._try(loop, "fit", workers=1)
+        error = call(partial(backend._try, loop, Path(place).name, workers=1))
+        if error is not None:
+            raise error
         return {**json.loads(Path(f"{output}.{STAMPS}").read_text()), "began": began, "ended": time.time()}
 
 
@@ -170,16 +174,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         cache.build(Collage(frames=1, train_clips=clips), ["train"], root)
         tasks = len(job(root, "", clips, epochs).task.train)
-        with connected() as cluster:
+        with connected() as cluster, in_an_actor(2) as call:
             report.say(f"{cluster.describe()}; {tasks} clips, batches of {BATCH}, {epochs} epochs.\n")
             launchers: dict[str, Callable[[], dict[str, Any]]] = {
                 "a process": lambda: launched(script, root, clips, epochs),
                 "torchrun": lambda: launched(torchrun, root, clips, epochs),
-                "Ray Train": lambda: fitted(root, clips, epochs),
+                "Ray Train": lambda: fitted(root, clips, epochs, call),
             }
             for turn in range(options.rounds):
                 for name in list(launchers)[:: -1 if turn % 2 else 1]:
                     runs[name].append(launchers[name]())
+            pairs = []
+            for _ in range(options.rounds):
+                with ThreadPoolExecutor(2) as pool:
+                    pairs += list(pool.map(lambda _: fitted(root, clips, epochs, call), range(2)))
+    report.raw |= {"pairs": pairs}
     report.raw |= {"runs": runs, "import_cpu_s": imports}
     steps = {name: [per_step(run, tasks) for run in all_] for name, all_ in runs.items()}
     report.table(
@@ -207,7 +216,10 @@ def main() -> None:
         "Ray keeps idle worker processes: one that existed before the fit was asked for shows as a negative first row.\n"
     )
     report.table(["import in a fresh process", "s of processor"], [(name, f"{value:.2f}") for name, value in imports.items()])
-    report.say(f"Median of a whole fit but for its epochs: {_around(runs['Ray Train']):.1f} s.")
+    report.say(
+        f"Median of a whole fit but for its epochs: {_around(runs['Ray Train']):.1f} s; "
+        f"of two at once, as a task's two networks are: {_around(pairs):.1f} s."
+    )
     report.end()
 
 

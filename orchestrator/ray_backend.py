@@ -5,6 +5,7 @@ One fit per task and network: nothing of a fit lives between the tasks of a stre
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,16 @@ import ray.train
 import ray.train.torch
 import torch
 import torch.distributed
+from ray._private import auto_init_hook
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
 )
+from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, TrainingFailedError, WorkerGroupError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor, nn
@@ -200,7 +205,8 @@ def connected(verbose: bool = False) -> Iterator[Cluster]:
     variables = {name: os.environ[name] for name in (*WORKER_ENVIRONMENT, *PASSED_ON) if name in os.environ}
     # A job that sets one of them too would otherwise be refused, even where the values agree.
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")
-    os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # a thread that outlives the block would start a cluster of its own
+    # A thread that outlives the block would start a cluster of its own. RAY_ENABLE_AUTO_CONNECT is read when ray is imported.
+    auto_init_hook.enable_auto_connect = False
     handlers = _handlers()
     try:
         context = ray.init(
@@ -315,8 +321,9 @@ class RayBackend:
     def train(self, jobs: Sequence[TaskJob]) -> list[str]:
         pool = ThreadPoolExecutor(len(jobs), thread_name_prefix="fit")
         try:
-            fits = [pool.submit(self._fit, job) for job in jobs]
-            wait(fits)  # a network that can be learned is, whatever becomes of another
+            with in_an_actor(len(jobs)) as call:
+                fits = [pool.submit(self._fit, job, call) for job in jobs]
+                wait(fits)  # a network that can be learned is, whatever becomes of another
             return [fit.result() for fit in fits]
         finally:
             # After an interrupt the fits end with the connection, and not before: waiting for them here would be for ever.
@@ -343,7 +350,7 @@ class RayBackend:
     def about(self, checkpoint_path: str) -> About:
         return checkpoint.read_about(Path(checkpoint_path))
 
-    def _fit(self, job: TaskJob) -> str:
+    def _fit(self, job: TaskJob, call: Callable[[Callable[[], Any]], Any]) -> str:
         mailbox, threads = self.mailbox, self.resources.cpus_per_worker
 
         def loop() -> None:
@@ -363,21 +370,21 @@ class RayBackend:
                 note(f"goes on with {workers} of {self.resources.workers} workers, which is what fits the nodes there are")
             begun_with = workers
             try:
-                self._try(loop, name, workers)
-                return job.output
-            except TrainingFailedError as error:
-                cause = _cause(error)
-                if cause is not error:
-                    raise cause from error
-                if isinstance(error, PreemptionError):
-                    note(f"its workers were preempted ({_line(error)})")
-                elif not _found_no_room(error):
-                    failures += 1
-                    if failures > WORKER_FAILURES or not _by_a_worker(error):
-                        raise
-                    note(f"a worker failed and is replaced ({_line(error)})")
+                error: TrainingFailedError | None = call(partial(self._try, loop, name, workers))
             finally:
                 shutil.rmtree(self.scratch / name, ignore_errors=True)
+            if error is None:
+                return job.output
+            cause = _cause(error)
+            if cause is not error:
+                raise cause from error
+            if isinstance(error, PreemptionError):
+                note(f"its workers were preempted ({_line(error)})")
+            elif not _found_no_room(error):
+                failures += 1
+                if failures > WORKER_FAILURES or not _by_a_worker(error):
+                    raise error
+                note(f"a worker failed and is replaced ({_line(error)})")
 
     def _room(self, note: Callable[[str], None]) -> int:
         """Workers that fit the nodes that are alive, at most `resources.workers`; waits for `resources.min_workers`.
@@ -408,9 +415,9 @@ class RayBackend:
         needs = {"CPU": float(self.resources.cpus_per_worker), "GPU": self.resources.gpus_per_worker}
         return {kind: amount for kind, amount in needs.items() if amount}
 
-    def _try(self, loop: Callable[[], None], name: str, workers: int) -> None:
-        """One fit. TrainingFailedError where a worker fails, or there was no room for a while (`_found_no_room`)."""
-        trainer = ray.train.torch.TorchTrainer(
+    def _try(self, loop: Callable[[], None], name: str, workers: int) -> TrainingFailedError | None:
+        """One fit; why it failed, where a worker did or there was no room for a while (`_found_no_room`)."""
+        trainer = _Trainer(
             loop,
             torch_config=_OverRaysAddresses(),
             scaling_config=ScalingConfig(
@@ -424,7 +431,11 @@ class RayBackend:
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return error
+        return None
 
     def _map_blocks(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """Applies a function to jobs in Ray tasks, in any order of work; results in the order of the jobs."""
@@ -464,6 +475,43 @@ class RayBackend:
         slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
         wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
         return max(1, -(-int(wanted) // batch_size)) * batch_size
+
+
+class _Trainer(ray.train.torch.TorchTrainer):
+    """A trainer whose controller runs in this process, an actor's, with which the placement groups that it made end.
+
+    Ray starts a process for the controller and one that would clear away after it, and each imports for two seconds.
+    """
+
+    def _initialize_and_run_controller(self, **wanted: Any) -> Any:
+        callbacks = [each for each in wanted.pop("callbacks") if not isinstance(each, PlacementGroupCleanerCallback)]
+        controller = TrainController(**wanted, callbacks=callbacks)
+        asyncio.run(controller.run())  # type: ignore[no-untyped-call]
+        return controller.get_result()
+
+
+@ray.remote(num_cpus=0)
+class _Host:
+    """An actor for a driver that is none."""
+
+    def call(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@contextmanager
+def in_an_actor(at_once: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Calls functions in this process if it is an actor's, as a trial's is, else in one beside it that ends with the block."""
+    context = ray.get_runtime_context()
+    if context.get_actor_id() is not None:
+        yield lambda function: function()
+        return
+    here = NodeAffinitySchedulingStrategy(context.get_node_id(), soft=False)
+    host = _Host.options(max_concurrency=at_once, scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+    try:
+        yield lambda function: ray.get(host.call.remote(function))
+    finally:
+        if ray.is_initialized():  # after an interrupt the actor ends with the connection
+            ray.kill(host)
 
 
 class _OverRaysAddresses(ray.train.torch.TorchConfig):

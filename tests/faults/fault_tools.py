@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from fault_stream import go
+from fault_stream import EPOCHS, go
 
 ROOT = Path(__file__).parents[2]
 STREAM = Path(__file__).parent / "fault_stream.py"
@@ -129,9 +129,9 @@ def finished(command: list[str], environment: Mapping[str, str] | None = None) -
 class Here:
     """A stream run in this process, with the events it told. InputError where the store has no room."""
 
-    def __init__(self, root: Path, plain: bool = False) -> None:
+    def __init__(self, root: Path, plain: bool = False, epochs: int = EPOCHS) -> None:
         self._events: list[dict[str, Any]] = []
-        go(root, lambda **fields: self._events.append(fields), plain=plain)
+        go(root, lambda **fields: self._events.append(fields), plain=plain, epochs=epochs)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self._events if event["kind"] == kind]
