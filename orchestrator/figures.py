@@ -347,12 +347,15 @@ def scatter(
     x: Sequence[float], y: Sequence[float], marked: Sequence[bool], x_label: str, y_label: str, names: tuple[str, str]
 ) -> Figure:
     """Two values of each trial or entry against each other; the marked ones (`names[0]`) in vermillion, others `names[1]`."""
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _figure(2.4)
     for is_marked, colour, marker, name in ((False, GREY, "o", names[1]), (True, COLOURS[1], "D", names[0])):
         chosen = [place for place, mark in enumerate(marked) if mark == is_marked]
         if chosen:
             axes.plot([x[place] for place in chosen], [y[place] for place in chosen], marker, color=colour, label=name)
     axes.xaxis.set_major_locator(_ticks(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # bytes are millions
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(loc="outside lower center", ncols=2)
