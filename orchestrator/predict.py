@@ -138,6 +138,8 @@ def load_model(name: str, outputs: Path, downloads: Path, task: int | None = Non
         return _read(_only_checkpoint(Path(name), name), name)
     if re.fullmatch("[0-9a-f]{32}", name):
         tracker = _tracker(outputs)
+        if task is None and tracker.tags(name).get("kind") == "sweep":  # its best configuration's model was logged with it
+            return replace(load_model(f"runs:/{name}/model", outputs, downloads), source=f"the best of sweep {name}")
         key, learned = _network_of_run(tracker, name, task)
         try:
             found = _of_store(key, outputs)

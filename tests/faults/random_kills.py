@@ -100,11 +100,14 @@ def main() -> int:
     parser.add_argument("--outputs", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("arguments", nargs="*", help="of the sweep, after --")
-    chosen = parser.parse_args()
+    ours, theirs = sys.argv[1:], []
+    if "--" in ours:  # argparse takes none after it for a list that follows an optional argument
+        at = ours.index("--")
+        ours, theirs = ours[:at], ours[at + 1 :]
+    chosen = parser.parse_args(ours)
     outputs = chosen.outputs.absolute()
     outputs.mkdir(parents=True, exist_ok=True)
-    command = [chosen.space, *chosen.arguments]
+    command = [chosen.space, *theirs]
     calm = undisturbed(outputs / "undisturbed", command)
     print(json.dumps(run(outputs / NAME, calm, chosen.kills, chosen.seed, command), indent=1))
     return 0

@@ -184,6 +184,11 @@ def test_every_name_of_a_network_leads_to_it(outputs, stream, client, tmp_path, 
     client.log_model_artifacts(logged.model_id, str(tmp_path / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(stream, [LoggedModelOutput(logged.model_id, 1)])
+    sweep = client.create_run(client.get_run(stream).info.experiment_id, tags={"kind": "sweep"}).info.run_id
+    winner = client.create_logged_model(client.get_run(stream).info.experiment_id, "model", sweep)
+    client.log_model_artifacts(winner.model_id, str(tmp_path / "model"))
+    client.finalize_logged_model(winner.model_id, "READY")
+    client.log_outputs(sweep, [LoggedModelOutput(winner.model_id, 1)])
     client.create_registered_model("best")
     client.create_model_version("best", logged.artifact_location, stream)
     client.set_registered_model_alias("best", "champion", "1")
@@ -195,7 +200,7 @@ def test_every_name_of_a_network_leads_to_it(outputs, stream, client, tmp_path, 
         f"runs:/{stream}/model",
         f"runs:/{stream}/plain",
     )
-    for name in (stream, *uris, last.name[:12], f"networks/{last.name}", str(last)):
+    for name in (stream, sweep, *uris, last.name[:12], f"networks/{last.name}", str(last)):
         model = predict.load_model(name, outputs, tmp_path / f"downloads {name.replace('/', ' ')}")
         assert (model.checkpoint.weights, model.classes, model.never_learned) == (weights, NAMES, ())
         assert (model.image_size_px, model.frames) == (32, 2)
