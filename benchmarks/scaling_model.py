@@ -66,7 +66,7 @@ def forward_flops() -> float:
 
 AVSBENCH_FORWARD = forward_flops()
 AVSBENCH_STEP = 4 * AVSBENCH_FORWARD
-START_UP_S = 12.0  # of a fit, measured 10 to 15 on 2 busy cores (docs/log.md); waits, not work, once imports are cached
+START_UP_S = 7.5  # of a fit beside another one on 2 cores (benchmarks/ray_overhead.py), while imports are cached
 DRIVER_S_PER_100K_SAMPLES = 1.5  # joining scores, collisions and MSS (sweep_cost.py)
 
 H100 = Machine("H100 (assumed)", 0.15 * 989e12, 40e9, 20e-6, 8, 2e9, 0.7)

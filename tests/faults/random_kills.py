@@ -3,13 +3,15 @@
     python tests/faults/random_kills.py [SPACE] --outputs FOLDER [--kills 3] [--seed 0] [-- ARGUMENTS OF THE SWEEP]
 
 Both sweeps have stores of their own below FOLDER. An undisturbed one that lies there from an earlier call is taken as it is.
-The moments are drawn uniformly from its duration, counted from each start, so that a late one may find the sweep at its end.
+The moments are drawn uniformly from its duration. What passes between two of them is the time from a start to its kill, so that
+the sweep, which loses a little at each, is still under way at the last.
 Status 0 where trials.csv and best.json are the same bytes and nothing that was done before a kill was done again.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import signal
@@ -71,11 +73,11 @@ def run(outputs: Path, calm: Path, kills: int, seed: int, arguments: Sequence[st
     command = verb("sweep", *arguments, "--name", NAME, "--outputs", str(outputs))
     whole = float((calm / "seconds").read_text())
     chance, moments, there = random.Random(seed), [], []
-    for _ in range(kills):
-        moment = chance.uniform(0, whole)
+    drawn = sorted(chance.uniform(0, whole) for _ in range(kills))
+    for last, moment in itertools.pairwise([0.0, *drawn]):
         before = made(outputs)
         with running(command) as process:
-            killed = kill(process, moment)
+            killed = kill(process, moment - last)
             process.end()
         assert killed or process.popen.returncode == 0, process.output
         left = process.outlived_by(CLUSTER_SECONDS)
