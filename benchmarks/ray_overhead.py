@@ -68,7 +68,8 @@ class Stamps:
             self.epochs.append((time.time(), time.process_time()))
 
     def write(self) -> None:
-        Path(self.path).write_text(json.dumps({**vars(self), "left": time.time()}))
+        told = {name: value for name, value in vars(self).items() if name != "path"}  # of this machine, and in no report
+        Path(self.path).write_text(json.dumps({**told, "left": time.time()}))
 
 
 def _born() -> float:
