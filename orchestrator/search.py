@@ -97,7 +97,9 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
             report = mean_over_seeds(outcomes)
             report |= {MEMORY_BYTES: statistics.fmean(outcome.memory_bytes for outcome in outcomes),
                        WORKER_SECONDS: worker_seconds,
+                       "reused_outcomes": backend.reuse.reused,
                        "reused_worker_seconds": backend.reuse.reused_seconds,
+                       "computed_outcomes": backend.reuse.computed,
                        COMPUTED: backend.reuse.computed_seconds}  # fmt: skip
             task = outcomes[0].task.index
             post("report", metrics=report, task=task)

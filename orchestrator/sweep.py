@@ -43,7 +43,7 @@ from orchestrator.search import (
     search,
 )
 from orchestrator.status import StatusFile
-from orchestrator.store import StoredBackend, code_version, write_atomically
+from orchestrator.store import Reuse, StoredBackend, code_version, write_atomically
 from orchestrator.stream import run_stream
 from orchestrator.terminal import renderer
 from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri, with_short_names
@@ -488,10 +488,11 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
 
 
 def shared_by(trials: Mapping[int, Trial]) -> str:
-    """What the trials computed and what the store had of it, in worker-seconds."""
+    """What the trials computed and what the store had of it: networks, scores, memories and counts, and worker-seconds."""
     reports = [trial.metrics for trial in list(trials.values())]
-    reused, computed = (sum(float(metrics.get(name, 0)) for metrics in reports) for name in ("reused_worker_seconds", COMPUTED))
-    return f"worker-seconds: {computed:.0f} computed, {reused:.0f} reused"
+    names = ("computed_outcomes", "reused_outcomes", COMPUTED, "reused_worker_seconds")
+    computed, reused, computed_seconds, reused_seconds = (sum(float(each.get(name, 0)) for each in reports) for name in names)
+    return Reuse(int(computed), int(reused), computed_seconds, reused_seconds).describe()
 
 
 def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker) -> str:

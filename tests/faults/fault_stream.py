@@ -1,10 +1,11 @@
 """A stream of tones in a process of its own, for tests to kill: a line of JSON per event, and at the end what came out.
 
-    python fault_stream.py ROOT [--epochs N] [--retreat] [--reach-for BYTES] [--workers N] [--plain]
+    python fault_stream.py ROOT [--epochs N] [--retreat] [--reach-for BYTES] [--workers N] [--plain] [--cached]
 
 An interim is noted after every epoch. `--retreat` makes the clock of the day jump back and forth by days at every look.
 `--reach-for` takes memory in the third epoch of the last task, where nothing but the task in flight can be lost. With
 `--workers` it runs on the Ray cluster at RAY_ADDRESS instead of in this process. `--plain` is fine-tuning: a network per task.
+`--cached` keeps the clips on disk, as data sets do that are not drawn within milliseconds.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cavs_model.datasets.tones import Tones
 from cavs_model.errors import InputError
 from cavs_model.train import TaskJob
 from orchestrator.experiment import Resources, override
@@ -44,6 +46,15 @@ class NotingBackend(Noting, LocalBackend):
     pass
 
 
+@dataclasses.dataclass(frozen=True)
+class CachedTones(Tones):
+    """The same clips, kept on disk."""
+
+    @property
+    def cached(self) -> bool:
+        return True
+
+
 def go(
     root: Path,
     tell: Callable[..., None],
@@ -51,13 +62,14 @@ def go(
     epochs: int = EPOCHS,
     reach_for: int = 0,
     plain: bool = False,
+    cached: bool = False,
 ) -> None:
     """Runs the stream. InputError where the store has no room."""
     taken = []
 
     def observe(event: Any) -> None:
         if event["kind"] in ("epoch", "note"):
-            tell(kind=event["kind"], label=event["label"], epoch=event.get("epoch"), text=event.get("text"))
+            tell(kind=event["kind"], label=event.get("label"), epoch=event.get("epoch"), text=event.get("text"))
         if reach_for and event["kind"] == "epoch" and event["epoch"] == 3 and "task 2" in event["label"]:
             taken.append(b"\x01" * reach_for)
 
@@ -71,6 +83,8 @@ def go(
 
     method = {"method": "finetune"} if plain else {}
     experiment = override(BASE, {"schedule.base_epochs": epochs, "schedule.epochs": epochs, **method})
+    if cached:
+        experiment = dataclasses.replace(experiment, benchmark=CachedTones())
     if workers:
         from fault_stream_on_ray import NotingRayBackend, cluster  # seconds of imports that few tests need
 
@@ -100,12 +114,13 @@ def main() -> int:
     parser.add_argument("--reach-for", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--cached", action="store_true")
     chosen = parser.parse_args()
     if chosen.retreat:
         real, jumps = time.time, itertools.cycle((0.0, -400 * DAY_SECONDS, 3 * DAY_SECONDS, -DAY_SECONDS))
         time.time = lambda: real() + next(jumps)
     try:
-        go(chosen.root, say, chosen.workers, chosen.epochs, chosen.reach_for, chosen.plain)
+        go(chosen.root, say, chosen.workers, chosen.epochs, chosen.reach_for, chosen.plain, chosen.cached)
     except InputError as error:
         say(kind="error", text=str(error))
         return DISK_FULL_STATUS

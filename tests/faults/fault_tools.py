@@ -129,9 +129,9 @@ def finished(command: list[str], environment: Mapping[str, str] | None = None) -
 class Here:
     """A stream run in this process, with the events it told. InputError where the store has no room."""
 
-    def __init__(self, root: Path, plain: bool = False, epochs: int = EPOCHS) -> None:
+    def __init__(self, root: Path, plain: bool = False, epochs: int = EPOCHS, cached: bool = False) -> None:
         self._events: list[dict[str, Any]] = []
-        go(root, lambda **fields: self._events.append(fields), plain=plain, epochs=epochs)
+        go(root, lambda **fields: self._events.append(fields), plain=plain, epochs=epochs, cached=cached)
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         return [event for event in self._events if event["kind"] == kind]

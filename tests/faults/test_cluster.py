@@ -178,38 +178,88 @@ def test_ray_job_stop(undisturbed: Path, tmp_path: Path, record: Callable[..., N
            "trials.csv, best.json: all bytes")  # fmt: skip
 
 
-def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
-    token = {"Authorization": f"Bearer {nodes.joined['RAY_AUTH_TOKEN']}"}
-    client = JobSubmissionClient(f"http://{nodes.dashboard}", headers=token)
-    entry = " ".join([sys.executable, "-m", "orchestrator.sweep", *SWEEP, "--name", NAME, "--outputs", str(tmp_path)])
-    variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    submitted = [""]
+class Job:
+    """A sweep as a job on a cluster."""
 
-    def submit() -> bool:
+    def __init__(self, nodes: Nodes, outputs: Path) -> None:
+        token = {"Authorization": f"Bearer {nodes.joined['RAY_AUTH_TOKEN']}"}
+        self.client = JobSubmissionClient(f"http://{nodes.dashboard}", headers=token)
+        self.entry = " ".join([sys.executable, *sweep(outputs)[1:]])
+        self.name = ""
+        self.until(self._submitted)
+
+    def _submitted(self) -> bool:
+        variables = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
         with suppress(RuntimeError):  # the node's agent, which takes jobs, starts some seconds after its raylet
-            submitted[0] = client.submit_job(entrypoint=entry, runtime_env={"env_vars": variables})
-        return bool(submitted[0])
+            self.name = self.client.submit_job(entrypoint=self.entry, runtime_env={"env_vars": variables})
+        return bool(self.name)
 
-    def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 300
+    @property
+    def logs(self) -> str:
+        return str(self.client.get_job_logs(self.name))
+
+    @property
+    def status(self) -> JobStatus:
+        return self.client.get_job_status(self.name)
+
+    def until(self, condition: Callable[[], bool], seconds: float = 300.0) -> None:
+        deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, client.get_job_logs(submitted[0]) if submitted[0] else "no job was taken"
+            assert time.monotonic() < deadline, self.logs if self.name else "no job was taken"
             time.sleep(0.2)
 
-    until(submit)
-    (job,) = submitted
 
-    until(lambda: IN_MIDDLE in client.get_job_logs(job))
-    client.stop_job(job)
-    until(lambda: client.get_job_status(job).is_terminal())
-    assert client.get_job_status(job) == JobStatus.STOPPED
-    until(lambda: "interrupted; what was computed is kept" in client.get_job_logs(job))
+def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
+    job = Job(nodes, tmp_path)
+    job.until(lambda: IN_MIDDLE in job.logs)
+    job.client.stop_job(job.name)
+    job.until(lambda: job.status.is_terminal())
+    assert job.status == JobStatus.STOPPED
+    job.until(lambda: "interrupted; what was computed is kept" in job.logs)
     assert {run.info.status for kind in ("sweep", "trial", "stream") for run in runs(tmp_path, kind)} == {"KILLED"}
     assert not [each for each in left_behind(tmp_path) if "/partial/" not in each and "/scratch/" not in each]
     before = made(tmp_path)
     with running(sweep(tmp_path), nodes.joined) as process:  # placement groups that were left would starve it
         assert process.end() == 0, process.output
     assert kept(before, made(tmp_path))
+
+
+def test_a_sweep_as_a_job_on_two_nodes(undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+    """Two raylets of a CPU each: the base task's two networks are trained side by side, one on either."""
+    used: set[int] = set()
+
+    def ended() -> bool:
+        used.update(worker.ppid() for worker in below(nodes.process, "RayTrainWorker"))
+        return job.status.is_terminal()
+
+    with cluster("1", "1") as nodes:
+        job = Job(nodes, tmp_path)
+        job.until(ended, 600.0)
+        assert job.status == JobStatus.SUCCEEDED, job.logs
+    assert len(used) == 2  # the raylets that had train workers
+    ended_alike(tmp_path, undisturbed)
+    record("a sweep as a job on two nodes (no fault)", "", "nothing", "trials.csv, best.json: all bytes, as on one node")
+
+
+def test_two_sweeps_at_once(undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
+    """The same trials by two drivers of one cluster, over one store and one MLflow: each outcome is computed by one of them."""
+    names = (NAME, "other")
+    with cluster("2") as nodes, ExitStack() as both:
+        commands = [verb("sweep", *SWEEP, "--name", name, "--outputs", str(tmp_path)) for name in names]
+        processes = [both.enter_context(running(command, nodes.joined)) for command in commands]
+        assert [process.end() for process in processes] == [0, 0], "".join(process.output for process in processes)
+    computed, alone = (
+        sum(run.data.metrics["computed_outcomes"] for run in runs(outputs, "trial")) for outputs in (tmp_path, undisturbed)
+    )
+    assert computed == alone > 0
+    for name in names:
+        for file in ("trials.csv", "best.json"):
+            ours, theirs = (tmp_path / "sweeps" / name / file).read_text(), (undisturbed / "sweeps" / NAME / file).read_text()
+            assert ours == theirs
+    ended_alike(tmp_path, undisturbed)
+    record("two sweeps at once on a cluster and its store", "from the start",
+           f"nothing: {computed:.0f} outcomes by the trials of both, as by those of one",
+           "trials.csv, best.json: all bytes, of both")  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,13 @@ def test_two_on_one_store(undisturbed: Reference, tmp_path: Path, record: Callab
            "all bits")  # fmt: skip
 
 
+def flip(path: Path) -> None:
+    """Flips the lowest bit of the byte in the middle of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["networks", "scores", "counts", "interim"])
 def test_damage(kind: str, undisturbed: Reference, tmp_path: Path, record: Callable[..., None]) -> None:
@@ -136,10 +143,7 @@ def test_damage(kind: str, undisturbed: Reference, tmp_path: Path, record: Calla
         process.signal(signal.SIGKILL)
         process.end()
     folder, pattern = ("partial", "*/*.safetensors") if kind == "interim" else (kind, "*/*.safetensors")
-    path = sorted((tmp_path / "store" / folder).glob(pattern if kind in ("networks", "interim") else "*.json"))[0]
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+    flip(sorted((tmp_path / "store" / folder).glob(pattern if kind in ("networks", "interim") else "*.json"))[0])
     last = Here(tmp_path)
     assert result_of(last) == undisturbed[0]
     damage = last.events("damage") or [event for event in last.events("note") if "damaged" in event["text"]]
@@ -154,3 +158,28 @@ def test_damage(kind: str, undisturbed: Reference, tmp_path: Path, record: Calla
             "interim": "what a task goes on from"}[kind]  # fmt: skip
     record(f"a bit of {what} flips", "after SIGKILL in epoch 4 of 6, last task", f"{len(whole)} networks' training, "
            f"{computed - left} outcomes", "all bits")  # fmt: skip
+
+
+@pytest.mark.faults
+def test_damage_to_a_cache_block(
+    undisturbed: Reference, tmp_path: Path, record: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A block of decoded clips is drawn again; the task in flight goes on, for the store's outcomes do not depend on it."""
+    with running(stream(tmp_path, "--cached")) as process:
+        process.until(lambda: epochs_of(process).get(LAST) == [1, 2, 3])
+        process.signal(signal.SIGKILL)
+        process.end()
+    (block,) = (tmp_path / "data").glob("*/train/*.npy")
+    whole = block.read_bytes()
+    flip(block)
+    last = Here(tmp_path, cached=True)
+    result = result_of(last)
+    assert result["metrics"] == undisturbed[0]["metrics"]
+    assert sorted(result["weights"].values()) == sorted(undisturbed[0]["weights"].values())
+    assert caplog.text.count("is damaged (its checksum differs) and is rebuilt") == 1
+    assert block.read_bytes() == whole
+    again = {label: len(epochs) - EPOCHS for label, epochs in epochs_of(process, last).items()}
+    assert sum(again.values()) <= 1
+    assert not left_behind(tmp_path)
+    record("a bit of a block of decoded clips flips", "after SIGKILL in epoch 4 of 6, last task",
+           f"that block, {sum(again.values())} epochs", "all bits; the block too")  # fmt: skip
