@@ -40,6 +40,7 @@ CLASSES = "classes.json"  # beside a checkpoint in a model of MLflow's: what a c
 DEVICES = ("auto", "cpu", "cuda")
 KINDS = ("video", "frames")
 TINT = 0.55  # of a class's colour over the picture
+DEBUG_PICTURES = 2
 NAMED_SHARE = 0.002  # of a picture: smaller areas are not named on it
 SMALLEST_NAMED_PX = 120  # the height below which names would cover the picture
 FORMS = (
@@ -90,6 +91,8 @@ def predict() -> int:
     made.add_argument("--as", choices=KINDS, default="video", dest="kind", help="the overlay as an mp4 or as png (%(default)s)")
     made.add_argument("--silent", action="store_true", help="answer as if nothing were heard; for clips without sound")
     made.add_argument("--task", type=int, default=None, metavar="N", help="of a run: the network after its N-th task (last)")
+    made.add_argument("--dry-run", action="store_true", help="say what would be asked of which network; write nothing")
+    made.add_argument("--debug", action="store_true", help=f"the first {DEBUG_PICTURES} pictures alone")
     made.add_argument("--device", choices=DEVICES, default="auto", help="auto is the GPU where there is one")
     made.add_argument("--precision", choices=PRECISIONS, default="auto", help="auto is bf16 where the hardware has it")
     made.add_argument("--classes", metavar="NAMES", help="class names in learned order, commas between, or a file of them; for "
@@ -110,15 +113,19 @@ def predict() -> int:
     clip = open_clip(arguments.input, arguments.fps, arguments.frame_rate, model.hears and not arguments.silent)
     if arguments.silent:
         clip = replace(clip, wave=None)
-    folder = _folder(arguments.output or outputs / "predictions" / arguments.input.absolute().stem)
+    place = arguments.output or outputs / "predictions" / arguments.input.absolute().stem
+    folder = place if arguments.dry_run else _folder(place)
     about = model.checkpoint.about
     print(f"model: {model.source}: {about.network}, {len(model.names) - 1} classes learned, {model.image_size_px} px")
     if model.never_learned:
         print(f"never learned: {', '.join(model.never_learned)}")
     heard = "" if clip.wave is not None else ", no sound"
     print(f"input: {arguments.input}: {clip.source}{heard}; {clip.per_second} answered a second, on {device}", flush=True)
+    if arguments.dry_run:
+        print(f"dry run, nothing is computed or written; results would lie in {folder}")
+        return 0
     network = frozen(model.checkpoint.model(), arithmetic(arguments.precision, device))
-    found = write(model, clip, network, device, folder, arguments.kind)
+    found = write(model, clip, network, device, folder, arguments.kind, DEBUG_PICTURES if arguments.debug else None)
     text = {"model": model.source, "input": str(arguments.input), "frames_per_second": clip.per_second,
             "sound": clip.wave is not None, **found}  # fmt: skip
     (folder / "prediction.json").write_text(json.dumps(text, indent=1) + "\n")
@@ -285,8 +292,10 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
-def write(model: Model, clip: Clip, network: Network, device: torch.device, folder: Path, kind: str) -> dict[str, Any]:
-    """Answers a clip and writes overlay, masks and legend; what was found, as JSON values.
+def write(
+    model: Model, clip: Clip, network: Network, device: torch.device, folder: Path, kind: str, most: int | None = None
+) -> dict[str, Any]:
+    """Answers a clip, or its first `most` pictures, and writes overlay, masks and legend; what was found, as JSON values.
 
     InputError where the clip has no picture.
     """
@@ -303,7 +312,8 @@ def write(model: Model, clip: Clip, network: Network, device: torch.device, fold
         )
         if video is None:
             (folder / "overlay").mkdir()
-        for number, (picture, answer) in enumerate(_answered(clip, network, model.image_size_px, model.frames, device)):
+        answered = _answered(clip, network, model.image_size_px, model.frames, device, most)
+        for number, (picture, answer) in enumerate(answered):
             if number % clip.per_second == 0:
                 seconds.append(Shares.none(len(names)))
             for shares in (seconds[-1], whole):
@@ -327,10 +337,10 @@ def write(model: Model, clip: Clip, network: Network, device: torch.device, fold
 
 
 def _answered(
-    clip: Clip, network: Network, image_size_px: int, frames: int, device: torch.device
+    clip: Clip, network: Network, image_size_px: int, frames: int, device: torch.device, most: int | None
 ) -> Iterator[tuple[np.ndarray, Answer]]:
     """The clip's pictures with their answers. Holds as many pictures as the passes of `frames` seconds need."""
-    pictures = clip.pictures()
+    pictures = islice(clip.pictures(), most)
     wave = np.zeros(0, np.float32) if clip.wave is None else clip.wave
     begun = 0
     while held := list(islice(pictures, clip.per_second * frames)):

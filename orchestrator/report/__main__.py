@@ -27,6 +27,7 @@ def report() -> int:
     made.add_argument("--entry", action="append", default=[], metavar="ENTRY",
                       help="an entry of a comparison to look at closely; may be repeated (best, reference)")  # fmt: skip
     made.add_argument("--no-clips", action="store_true", help="no clips: nothing is computed again")
+    made.add_argument("--dry-run", action="store_true", help="say what it would be of and where it would lie; write nothing")
     arguments = made.parse_args()
     outputs = cli.outputs_folder(arguments.outputs)
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
@@ -34,8 +35,12 @@ def report() -> int:
     wishes = sections.Wishes(
         arguments.split, tuple(arguments.entry), not arguments.no_clips, lambda text: print(f"note: {text}", flush=True)
     )
-    text = sections.written(source, wishes)
     path = (arguments.to or source.folder / FILE).absolute()
+    if arguments.dry_run:
+        streams = f"{source.kind} {source.name}, {len(source.streams)} streams, splits {', '.join(source.splits)}"
+        print(f"dry run, nothing is computed or written: {streams}; the report would be {path}")
+        return 0
+    text = sections.written(source, wishes)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text.encode())
     tracker.attach(source.parent.run, path)

@@ -126,6 +126,18 @@ def test_a_video_becomes_an_overlay_masks_a_legend_and_classes_per_second(output
     assert "after task 2" in capsys.readouterr().out
 
 
+def test_a_dry_run_writes_nothing_and_debug_answers_two_pictures(outputs, stream, tmp_path, monkeypatch, capsys):
+    clip, folder = write_video(tmp_path / "clip.mp4"), tmp_path / "out"
+    predicted(monkeypatch, outputs, stream, clip, "--output", folder, "--dry-run")
+    assert not folder.exists()
+    assert f"results would lie in {folder}" in capsys.readouterr().out
+    predicted(monkeypatch, outputs, stream, clip, "--output", folder, "--debug")
+    assert [(each["second"], each["frames"]) for each in told(folder)["seconds"]] == [(0, 2)]
+    before = told(folder)
+    predicted(monkeypatch, outputs, stream, clip, "--output", folder, "--dry-run")
+    assert told(folder) == before
+
+
 def test_a_second_is_what_the_network_says_of_its_frame_and_sound(outputs, stream, tmp_path, monkeypatch):
     plain = ("--precision", "fp32", "--as", "frames")
     predicted(monkeypatch, outputs, stream, write_folder(tmp_path / "clip"), "--output", tmp_path / "out", *plain)

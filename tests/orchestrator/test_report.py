@@ -284,6 +284,15 @@ def test_bad_arguments_are_told_with_the_valid_ones(outputs, monkeypatch, capsys
         assert word in message
 
 
+def test_a_dry_run_of_a_report_writes_nothing(outputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    page = tmp_path / "page.html"
+    monkeypatch.setattr("sys.argv", ["report", "toys", "--outputs", str(outputs), "--to", str(page), "--dry-run"])
+    assert cli.main(report) == 0
+    assert f"the report would be {page}" in capsys.readouterr().out
+    assert not page.exists()
+
+
 def test_a_report_that_fails_is_told_and_fails_nothing_else(tmp_path, capsys):
     cli.write_report("sweeps/nobody", tmp_path)
     shown = capsys.readouterr().out
