@@ -215,6 +215,8 @@ def connected(verbose: bool = False) -> Iterator[Cluster]:
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.WARNING,
             include_dashboard=True if started_here else None,
+            # Ray ends idle processes when there are more than free CPUs: every count and score would import torch again.
+            _system_config={"num_workers_soft_limit": os.cpu_count() or 1} if started_here else None,
         )
     except (ConnectionError, TimeoutError, ValueError, RuntimeError) as error:
         where = "start a local Ray cluster" if started_here else f"join the Ray cluster at {os.environ['RAY_ADDRESS']}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -317,6 +318,26 @@ def test_a_fit_takes_the_workers_that_fit_the_nodes_alive_and_waits_for_the_leas
     assert notes == ["waits: 0 workers fit the nodes there are, resources.min_workers is 2"]
     with pytest.raises(InputError, match=r"resources.min_workers must be at least 1, not 0"):
         Resources(min_workers=0)
+
+
+def test_an_idle_process_stays_warm_while_all_cpus_are_taken(cluster: Cluster) -> None:
+    """The trap: by default it ends after a second, and the next short task imports everything again."""
+
+    @ray.remote
+    class Taken:
+        def ready(self) -> None:
+            pass
+
+    @ray.remote(num_cpus=0)
+    def process() -> int:
+        return os.getpid()
+
+    holder = Taken.options(num_cpus=cluster.cpus).remote()  # type: ignore[attr-defined]
+    ray.get(holder.ready.remote())
+    first = ray.get(process.remote())
+    time.sleep(3)
+    assert ray.get(process.remote()) == first
+    ray.kill(holder)
 
 
 def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
