@@ -37,7 +37,8 @@ def report() -> int:
     )
     path = (arguments.to or source.folder / FILE).absolute()
     if arguments.dry_run:
-        streams = f"{source.kind} {source.name}, {len(source.streams)} streams, splits {', '.join(source.splits)}"
+        splits = dict.fromkeys(split for stream in source.streams for split in stream.splits)
+        streams = f"{source.kind} {source.name}, {len(source.streams)} streams, splits {', '.join(splits)}"
         print(f"dry run, nothing is computed or written: {streams}; the report would be {path}")
         return 0
     text = sections.written(source, wishes)

@@ -289,7 +289,7 @@ def test_a_dry_run_of_a_report_writes_nothing(outputs, tmp_path, monkeypatch, ca
     page = tmp_path / "page.html"
     monkeypatch.setattr("sys.argv", ["report", "toys", "--outputs", str(outputs), "--to", str(page), "--dry-run"])
     assert cli.main(report) == 0
-    assert f"the report would be {page}" in capsys.readouterr().out
+    assert f"splits val; the report would be {page}" in capsys.readouterr().out
     assert not page.exists()
 
 
