@@ -41,7 +41,7 @@ from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Resources
 from orchestrator.progress import clock, planned_work
 from orchestrator.ray_backend import SCORING_SPEEDUP, Cluster, Node, in_a_worker, nodes, on_every_node
-from orchestrator.store import code_version
+from orchestrator.source import code_version
 from orchestrator.tracker import Tracker, tracking_uri
 
 PACKAGES = ("ray", "torch", "mlflow", "optuna")

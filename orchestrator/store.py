@@ -2,7 +2,8 @@
 
 `StoredBackend` speaks the backend's verbs and looks each outcome up before it asks the backend behind it. An outcome's
 address is a hash of all that can influence it: the job's own inputs, the addresses of the checkpoints it starts from, the
-knobs of the method that act in its stage, and the code of `cavs_model`. Place and number of workers are not part of it.
+knobs of the method that act in its stage, and the source that it follows from (source.py). Place and number of workers are
+not part of it.
 
 Every outcome is verified when it is read. A damaged one is set aside, told of, and computed again. entries.py has the files,
 shared.py those of a store behind a URI.
@@ -18,13 +19,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import cavs_model
 from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.base import Benchmark
@@ -37,22 +36,12 @@ from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import ScoreTable, Task
 from orchestrator.entries import DamagedError, Entries, room_in, warn, write_atomically
 from orchestrator.experiment import fingerprint, plain
+from orchestrator.source import code_of
 from orchestrator.stream import Backend
 
 __all__ = ["Reuse", "StoredBackend", "write_atomically"]
 
 FORMAT = 2
-
-
-@lru_cache(maxsize=1)
-def code_version() -> str:
-    """A digest of the science's source: numbers made by other code are other numbers."""
-    digest = hashlib.sha256()
-    root = Path(cavs_model.__file__).parent
-    for path in sorted(root.rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _data_key(data: Data) -> dict[str, Any]:
@@ -86,6 +75,7 @@ def train_key(job: TaskJob) -> str:
     """The address of a trained network."""
     return _address(
         "train",
+        job,
         {
             "network": job.network,
             "task": job.task,
@@ -107,6 +97,7 @@ def consolidate_key(job: ConsolidateJob, path: str, previous: str | None) -> str
     """The address of what a method keeps of a network."""
     return _address(
         "state",
+        job,
         {
             "method": acting(job.method, "consolidate"),
             "task": job.task,
@@ -122,6 +113,7 @@ def score_key(job: ScoreJob, checkpoints: Mapping[str, str]) -> str:
     """The address of a score table."""
     return _address(
         "score",
+        job,
         {
             "stage": job.stage,
             "method": acting(job.method, "score_before" if job.stage == "before" else "score_after"),
@@ -138,6 +130,7 @@ def evaluate_key(job: EvaluateJob, path: str) -> str:
     """The address of confusion counts."""
     return _address(
         "counts",
+        job,
         {
             "split": job.split,
             "measure": job.measure,
@@ -152,8 +145,9 @@ def evaluate_key(job: EvaluateJob, path: str) -> str:
     )
 
 
-def _address(kind: str, inputs: Mapping[str, Any]) -> str:
-    return fingerprint({"format": FORMAT, "code": code_version(), "kind": kind, **plain(inputs)})[:40]
+def _address(kind: str, job: TaskJob | ScoreJob | ConsolidateJob | EvaluateJob, inputs: Mapping[str, Any]) -> str:
+    code = code_of(job.data.benchmark, *([] if isinstance(job, EvaluateJob) else [job.method]))
+    return fingerprint({"format": FORMAT, "code": code, "kind": kind, **plain(inputs)})[:40]
 
 
 @dataclass

@@ -42,8 +42,9 @@ from orchestrator.search import (
     mean_over_seeds,
     search,
 )
+from orchestrator.source import code_version
 from orchestrator.status import StatusFile
-from orchestrator.store import Reuse, StoredBackend, code_version, write_atomically
+from orchestrator.store import Reuse, StoredBackend, write_atomically
 from orchestrator.stream import run_stream
 from orchestrator.terminal import renderer
 from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri, with_short_names

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-import cavs_model
 from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.tones import Tones
@@ -620,35 +619,6 @@ def test_scores_depend_on_which_network_is_which_checkpoint():
 def test_what_the_address_of_counts_depends_on(path, value, matters):
     assert (evaluate_key(changed(EVALUATE, path, value), "n/abc") != evaluate_key(EVALUATE, "n/abc")) == matters
     assert evaluate_key(EVALUATE, "elsewhere/abc") == evaluate_key(EVALUATE, "n/abc") != evaluate_key(EVALUATE, "n/def")
-
-
-def test_addresses_change_with_the_source(tmp_path, monkeypatch):
-    (tmp_path / "sub").mkdir()
-    for name, text in (("__init__.py", ""), ("sub/a.py", "x = 1\n"), ("notes.txt", "")):
-        (tmp_path / name).write_text(text)
-    real_key, real = train_key(JOB), store.code_version()
-    monkeypatch.setattr(cavs_model, "__file__", str(tmp_path / "__init__.py"))
-
-    def version():
-        store.code_version.cache_clear()
-        return store.code_version()
-
-    try:
-        versions = [version()]
-        assert versions[0] == version() != real
-        assert train_key(JOB) != real_key
-        (tmp_path / "notes.txt").write_text("more")
-        assert version() == versions[0]
-        for change in (
-            lambda: (tmp_path / "sub/a.py").write_text("x = 2\n"),
-            lambda: (tmp_path / "sub/a.py").rename(tmp_path / "sub/b.py"),
-            lambda: (tmp_path / "c.py").write_text(""),
-        ):
-            change()
-            versions.append(version())
-        assert len(set(versions)) == 4
-    finally:
-        store.code_version.cache_clear()
 
 
 def test_an_entry_is_readable_json_with_its_cost(tmp_path):
