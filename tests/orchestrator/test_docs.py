@@ -135,6 +135,9 @@ def test_the_tutorial_runs(copy):
     assert "6 streams, 0 done before" in shown
     assert re.search(r"[1-9]\d* reused", shown)  # the base task, by the second run
     assert shown.splitlines()[-1] == "(1, 2, 32, 32)"
+    old = {name: float(value) for name, value in re.findall(r"^\| (.+?) \| [\d.]+ ± [\d.]+ \| ([\d.]+) ±", shown, re.M)}
+    assert old["finetune"] == pytest.approx(old["background alone"], abs=0.02)  # what the page says comes out
+    assert old["recent over lwf"] > old["recent"] > old["finetune"] + 0.02
 
 
 def test_what_extending_shows_runs_together(copy):
