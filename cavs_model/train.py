@@ -101,6 +101,11 @@ class TaskJob:
         return len(self.task.train) + len(self.rows)
 
     @property
+    def planned_samples(self) -> int:
+        """Clips of one epoch as expected before the stream began: the unit of estimates."""
+        return planned_samples(self.method, self.task)
+
+    @property
     def cost_per_clip(self) -> float:
         """Cost of a clip's training pass in passes of the base task, which has no teacher."""
         return TEACHER_COST if self.has_teacher else 1.0
@@ -118,6 +123,11 @@ RESUME_SHARE = 0.05  # of the time at most goes into keeping what a task could g
 
 class DivergedError(RuntimeError):
     """The loss or a weight is no longer a number."""
+
+
+def planned_samples(method: Method, task: Task) -> int:
+    """Clips of one epoch of a task as far as they are known before its stream begins; for estimates of time only."""
+    return len(task.train) + (0 if task.is_base else method.rows_expected(task.num_old - 1))
 
 
 def train_task(job: TaskJob, worker: Worker) -> None:
@@ -280,7 +290,7 @@ def _mean_terms(sums: Mapping[str, Tensor], steps: int, worker: Worker) -> dict[
 class _Pulse:
     """Tells how far an epoch is: every few seconds a "steps" event, at its end an "epoch" event, for whoever watches.
 
-    "work" is what was done in the "seconds" since the last event, in clip passes of the base task.
+    "work" is what was done in the "seconds" since the last event, in planned clip passes of the base task.
     """
 
     def __init__(self, job: TaskJob, worker: Worker, epoch: int) -> None:
@@ -305,7 +315,7 @@ class _Pulse:
                 "label": job.label,
                 "epoch": self._epoch + 1,
                 "epochs": job.schedule.epochs_of(job.task),
-                "work": (done - self._done) * job.num_samples * job.cost_per_clip,
+                "work": (done - self._done) * job.planned_samples * job.cost_per_clip,
                 "seconds": now - self._told,
                 "clips_per_second": done * job.num_samples / max(now - self._started, 1e-9),
                 **more,

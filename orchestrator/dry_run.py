@@ -114,7 +114,7 @@ def plan_text(experiment: Experiment, splits: Sequence[str], entries: Entries, t
     total = len(seeds) * (work[0] + trials * sum(work[1:]))
     rows.append(
         f"in all {trials} configuration{'s' * (trials > 1)} x {len(seeds)} seed{'s' * (len(seeds) > 1)} x {len(tasks)} tasks, "
-        f"{networks} networks, {total:.0f} clip passes, without what is rehearsed; the first task is trained once for all"
+        f"{networks} networks, {total:.0f} clip passes; the first task is trained once for all"
     )
     speed = _speed(experiment, entries.root)
     rows.append(

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
-from cavs_model.train import TEACHER_COST
+from cavs_model.train import TEACHER_COST, planned_samples
 from orchestrator.experiment import Experiment
 from orchestrator.redaction import redacted
 
@@ -35,7 +35,7 @@ def silent(event: Event) -> None:
 
 
 def planned_work(experiment: Experiment) -> tuple[float, ...]:
-    """What training each task of one stream takes, in clip passes of the base task, rehearsed rows left out.
+    """What training each task of one stream takes, in clip passes of the base task, with the rehearsed rows expected.
 
     The plan that estimates of the time left rest on.
     """
@@ -43,7 +43,7 @@ def planned_work(experiment: Experiment) -> tuple[float, ...]:
     trained = [method.training_task(tasks[: index + 1]) for index in range(len(tasks))]
     return tuple(
         experiment.schedule.epochs_of(task)
-        * len(task.train)
+        * planned_samples(method, task)
         * (1 if task is trained[-1] else len(method.networks))
         * (1.0 if task.is_base or not method.needs_teacher else TEACHER_COST)
         for task in trained

@@ -79,6 +79,10 @@ class Method(ABC):
         """Whether the method keeps a memory at all."""
         return False
 
+    def rows_expected(self, num_classes: int) -> int:
+        """How many rows a task after so many foreground classes learns again, about; for estimates of time only."""
+        return 0
+
     @property
     def consolidates(self) -> bool:
         """Whether `penalty` reads what `measure` and `consolidate` make of a trained network before the next task."""

@@ -132,6 +132,10 @@ class CMR(RehearsalMethod):
             },
         )
 
+    def rows_expected(self, num_classes: int) -> int:
+        rows = num_classes * self.samples_per_class
+        return rows + (round(self.resampling_ratio * rows) if self.resampling == "add" else 0)
+
     def rehearse(self, scores: ScoreTable | None, memory: Memory, task: Task, rng: np.random.Generator) -> Rehearsal:
         """Every row once, and `resampling_ratio` of their number again (rounded), drawn by class and then by row.
 

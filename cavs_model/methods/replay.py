@@ -23,6 +23,9 @@ class Replay(RehearsalMethod):
     base: Method = knob(Finetune(), acts=("train", "consolidate"))  # the losses
     samples_per_class: int = knob(5, acts="remember", at_least=1)  # k; CMR's budget
 
+    def rows_expected(self, num_classes: int) -> int:
+        return num_classes * self.samples_per_class
+
     def remember(self, scores: ScoreTable | None, memory: Memory, task: Task, rng: np.random.Generator) -> Memory:
         return memory.extended(random_rows(task.train, task.new_classes, self.samples_per_class, rng))
 

@@ -64,10 +64,10 @@ def test_the_plan_counts_epochs_clips_and_networks():
     sizes = [len(task.train) for task in scenario.tasks(tones)]
     plain = Experiment(benchmark=tones, scenario=scenario, schedule=schedule, method=Finetune())
     assert planned_work(plain) == (6 * sizes[0], 4 * sizes[1], 4 * sizes[2])
-    both = Experiment(benchmark=tones, scenario=scenario, schedule=schedule, method=CMR())
+    both = Experiment(benchmark=tones, scenario=scenario, schedule=schedule, method=CMR(samples_per_class=5))
     assert planned_work(both) == pytest.approx(
-        # A teacher beside every later task's network; no companion after the last task.
-        (12 * sizes[0], 8 * sizes[1] * TEACHER_COST, 4 * sizes[2] * TEACHER_COST)
+        # A teacher beside every later task's network; no companion after the last task. 5 rows of 2 and 3 classes, and a fifth.
+        (12 * sizes[0], 8 * (sizes[1] + 12) * TEACHER_COST, 4 * (sizes[2] + 18) * TEACHER_COST)
     )
 
 

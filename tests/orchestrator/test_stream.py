@@ -438,6 +438,33 @@ def test_all_classes_in_one_task_are_learned_evaluated_and_logged(folder, tmp_pa
     assert len(planned_work(whole)) == 1
 
 
+@pytest.mark.parametrize(
+    "method",
+    [CMR(samples_per_class=2), CMR(samples_per_class=100), Replay(samples_per_class=3), Joint(), EIR(samples_per_class=2)],
+    ids=["cmr", "cmr, more than there are", "replay", "joint", "eir"],
+)
+def test_what_training_tells_of_its_work_is_the_plan(method, tmp_path):
+    """So that estimates end at zero with the last epoch, and not before, whatever was rehearsed."""
+    told = []
+    experiment = replace(EXPERIMENT, method=method)
+    backend = LocalBackend(tmp_path, observer=told.append)
+    for _ in run_stream(experiment, 0, StoredBackend(backend, tmp_path / "store")):
+        pass
+    assert sum(event["work"] for event in told if "work" in event) == pytest.approx(sum(planned_work(experiment)))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Replay(samples_per_class=3), CMR(samples_per_class=3, resampling="off"), CMR(samples_per_class=3, resampling="replace"),
+     CMR(samples_per_class=3, resampling_ratio=0.3), EIR(samples_per_class=3)],
+)  # fmt: skip
+def test_the_rows_expected_are_those_rehearsed_where_every_class_has_enough(method, tmp_path):
+    benchmark = Tones(num_classes=4, train_clips=60, val_clips=8, test_clips=8)
+    found = run(replace(EXPERIMENT, method=method, benchmark=benchmark), tmp_path)
+    rehearsed = {job.task.index: len(job.rows) for job in found.jobs("train")}
+    assert rehearsed == {0: 0, 1: method.rows_expected(2), 2: method.rows_expected(3)}
+
+
 def test_means_over_frames_are_measured_where_they_are_asked_for(runs, folder):
     found = run(replace(EXPERIMENT, per_frame=True), folder, splits=("val", "test"))
     assert found.addresses("train", 2) == runs["cmr"].addresses("train", 2)
