@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from cavs_model.errors import InputError
 from orchestrator import cli, readiness
+from orchestrator.dry_run import plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment
 from orchestrator.ray_backend import Cluster, Node, connected, nodes
@@ -26,10 +28,14 @@ def check() -> int:
     made.add_argument("--nodes", type=int, default=0, metavar="N", help="wait until the cluster has N nodes")
     made.add_argument("--wait", type=float, default=300, metavar="SECONDS", help="for so long at most (%(default)s)")
     made.add_argument("--local", action="store_true", help="of a run with --local: in this process, without Ray")
+    made.add_argument("--dry-run", action="store_true", help="the plan alone, by what the store has; no cluster is looked at")
+    made.add_argument("--debug", action="store_true", help="of a run with --debug: two clips of a class, one epoch, one seed")
     cli.add_store(made)
     arguments, others = made.parse_known_args()
     if arguments.trials < 1:
         raise InputError(f"--trials must be at least 1, not {arguments.trials}")
+    if arguments.dry_run:
+        return _only_the_plan(arguments)
     report = Report()
     if others:  # so that the arguments of a sweep can be given as they are
         report.tell([Finding("arguments", f"not looked at, they are the sweep's own: {' '.join(others)}")])
@@ -62,6 +68,16 @@ def check() -> int:
             store = cli.store_of(arguments.store, outputs)
             _of_outputs(report, outputs, store, experiment, cluster, there, arguments.trials if knobs else 1, knobs)
     return report.conclude()
+
+
+def _only_the_plan(arguments: argparse.Namespace) -> int:
+    """Of --dry-run: nothing is started, probed or written."""
+    space, experiment = cli.experiment_of(arguments)
+    trials = arguments.trials if cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define)) else 1
+    outputs = cli.outputs_folder(arguments.outputs)
+    print(f"dry run, no node, data, weights or MLflow is looked at\n{space.name}: every field and setting fits")
+    print(plan_text(experiment, ("val",), cli.store_of(arguments.store, outputs), trials))
+    return 0
 
 
 def _of_outputs(

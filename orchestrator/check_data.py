@@ -27,6 +27,7 @@ from orchestrator.progress import clock
 LINE_SECONDS = 5.0
 PROBLEMS_STATUS = 1
 CHUNK_VIDEOS = 8
+DEBUG_VIDEOS = 2
 SEMANTIC, OBJECT = get_args(avsbench.Subset), get_args(avsbench_object.Subset)
 
 Check = Callable[[Video], tuple[Problem, ...]]
@@ -39,8 +40,10 @@ class ProcessMap:
     processes: int
     out: TextIO
     now: Callable[[], float] = time.monotonic
+    most: int | None = None  # videos of a split; None is all
 
     def __call__(self, check: Check, videos: Sequence[Video]) -> Iterator[tuple[Problem, ...]]:
+        videos = _first_of_splits(videos, self.most)
         started = told = self.now()
         count = 0
         for done, problems in enumerate(self._results(check, videos), start=1):
@@ -66,6 +69,17 @@ class ProcessMap:
             pool.shutdown(cancel_futures=True)
 
 
+def _first_of_splits(videos: Sequence[Video], most: int | None) -> Sequence[Video]:
+    """The first `most` of each split, in their order."""
+    seen: Counter[str] = Counter()
+    chosen = []
+    for video in videos:
+        seen[video.split] += 1
+        if most is None or seen[video.split] <= most:
+            chosen.append(video)
+    return chosen
+
+
 def check_data() -> int:
     """The verb."""
     made = argparse.ArgumentParser(
@@ -82,6 +96,8 @@ def check_data() -> int:
         help="write the uids of videos with problems to FILE, for --set benchmark.quarantine=FILE",
     )  # fmt: skip
     made.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="to read with (%(default)s)")
+    made.add_argument("--dry-run", action="store_true", help="say what would be read and written; only the table is read")
+    made.add_argument("--debug", action="store_true", help=f"the files of the first {DEBUG_VIDEOS} videos of each split alone")
     arguments = made.parse_args()
     if not 1 <= arguments.processes <= 256:
         raise InputError(f"--processes must be from 1 to 256, got {arguments.processes}")
@@ -90,7 +106,17 @@ def check_data() -> int:
     target = None if arguments.quarantine is None else Path(_absolute(arguments.quarantine))
     if target is not None:
         _check_target(target)
-    problems = benchmark.problems(ProcessMap(arguments.processes, sys.stderr))
+    if arguments.debug and target is not None:
+        raise InputError(
+            "--debug reads a few videos, by which no list of --quarantine can be written; leave out one of the two"
+        )
+    if arguments.dry_run:
+        splits = Counter(video.split for video in benchmark.videos() if video.located)
+        counts = ", ".join(f"{split} {count}" for split, count in sorted(splits.items()))
+        written = "nothing is written" if target is None else f"{target} would be written"
+        print(f"dry run, only the table was read: the files of {splits.total()} videos would be ({counts}); {written}")
+        return 0
+    problems = benchmark.problems(ProcessMap(arguments.processes, sys.stderr, most=DEBUG_VIDEOS if arguments.debug else None))
     _print_problems(problems)
     _print_counts(benchmark.videos(), problems)
     if target is not None:

@@ -54,6 +54,7 @@ from cavs_model.types import ScoreTable
 from cavs_model.worker import device_for, synchronise_batch_norm
 from orchestrator.experiment import Resources
 from orchestrator.node_metrics import Sample, Sampler
+from orchestrator.orphans import remove_orphans
 from orchestrator.progress import BlockNotes, Event, silent
 
 WORKER_FAILURES = 3  # after which a fit whose workers die or cannot start, by whatever, is given up
@@ -480,7 +481,7 @@ class RayBackend:
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
-    """A trainer whose controller runs in this process, an actor's, with which the placement groups that it made end.
+    """A trainer whose controller runs in this process, an actor's; what it leaves if it is killed, orphans.py removes.
 
     Ray starts a process for the controller and one that would clear away after it, and each imports for two seconds.
     """
@@ -514,6 +515,7 @@ def in_an_actor(at_once: int) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     finally:
         if ray.is_initialized():  # after an interrupt the actor ends with the connection
             ray.kill(host)
+            remove_orphans()  # of a host that had died by itself
 
 
 class _OverRaysAddresses(ray.train.torch.TorchConfig):

@@ -37,6 +37,7 @@ from orchestrator.cli import SearchSpace
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, override
 from orchestrator.ledger import COMPUTED, Ledger
+from orchestrator.orphans import remove_orphans
 from orchestrator.ray_backend import RayBackend
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
@@ -51,6 +52,7 @@ GENERATION = ":generation"  # how the attribute ends by which NSGA-II knows a tr
 POPULATION = 8  # of NSGA-II; Optuna's 50 would make a search of this size a random one
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver takes; Tune refuses a trial that asks for nothing
 MEMORY_BYTES, WORKER_SECONDS = "memory/bytes", "cost/worker_seconds"  # of a trial, beside the metrics of its outcomes
+WATCH_SECONDS = 60.0  # after a driver's death: of a lost node Ray learns late, and the order of its news is nowhere promised
 TASKS_LEFT, FAILURE = "tasks_left", "failure"  # of a report: 0 after the last task; why there is none after this one
 
 
@@ -396,8 +398,29 @@ class Ending:
     errors: Mapping[int, str]
 
 
-def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, ledger: Ledger) -> Ending:
-    """Runs the trials that the ledger does not have yet. Tune's own state lies beside it in tune/."""
+class Undertaker(tune.Callback):
+    """Removes what dead trials' drivers left. Tune tells of deaths, and who calls it gives it the time to look."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now, self._until = now, float("-inf")
+
+    def on_trial_recover(self, *_: Any, **__: Any) -> None:
+        """A trial failed and will be tried again."""
+        self._until = self._now() + WATCH_SECONDS
+
+    on_trial_error = on_trial_recover
+
+    def __call__(self) -> None:
+        """Looks, within a while of a death."""
+        if self._now() < self._until:
+            remove_orphans()
+
+
+def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, ledger: Ledger, undertaker: Undertaker) -> Ending:
+    """Runs the trials that the ledger does not have yet. Tune's own state lies beside it in tune/.
+
+    `undertaker` hears of trials whose driver died; whoever searches has to call it every now and then.
+    """
     # Tune's own table of trials would run into our progress lines.
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     # Its handler of SIGINT would end the search as if all trials had been run.
@@ -420,6 +443,7 @@ def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, led
             name="tune",
             storage_path=str(ledger.folder),
             verbose=0,
+            callbacks=[undertaker],
             stop=_StopBetweenTasks(algorithm.spent),
             failure_config=tune.FailureConfig(max_failures=wanted.retries),
         ),

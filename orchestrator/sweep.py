@@ -38,6 +38,7 @@ from orchestrator.search import (
     Budgets,
     Plan,
     Search,
+    Undertaker,
     described,
     mean_over_seeds,
     search,
@@ -343,11 +344,13 @@ class _Sweep:
         store = StoredBackend(backend, self.entries, user=user, on_damage=progress.line)
         plan = Plan(experiment, space.objectives, backend, self.entries, user)
         log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
+        undertaker = Undertaker()
         nodes = Watch(NodeProbe(), lambda values, taken: self.tracker.system(ledger.parent, values, taken), progress.line)
 
         def idle() -> None:
             progress.heartbeat()
             nodes()
+            undertaker()
 
         try:
             with watched(lambda: drain(backend.mailbox), log, idle):
@@ -355,7 +358,7 @@ class _Sweep:
                 check_weights(experiment.network)
                 store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
                 progress.line(f"{experiment.benchmark.name} is ready")
-                ending = search(space, plan, self.wanted, concurrency, ledger)
+                ending = search(space, plan, self.wanted, concurrency, ledger, undertaker)
             log.finish(ending.errors)
             best = best_of(ledger.trials, space.objectives[0])
             if best is not None and best != ledger.tested:

@@ -28,12 +28,17 @@ def report() -> int:
                       help="an entry of a comparison to look at closely; may be repeated (best, reference)")  # fmt: skip
     made.add_argument("--no-clips", action="store_true", help="no clips: nothing is computed again")
     made.add_argument("--dry-run", action="store_true", help="say what it would be of and where it would lie; write nothing")
+    made.add_argument("--debug", action="store_true", help="one clip of each kind alone")
     arguments = made.parse_args()
     outputs = cli.outputs_folder(arguments.outputs)
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
     source = sources.find(arguments.name, outputs, tracker)
     wishes = sections.Wishes(
-        arguments.split, tuple(arguments.entry), not arguments.no_clips, lambda text: print(f"note: {text}", flush=True)
+        arguments.split,
+        tuple(arguments.entry),
+        not arguments.no_clips,
+        1 if arguments.debug else None,
+        lambda text: print(f"note: {text}", flush=True),
     )
     path = (arguments.to or source.folder / FILE).absolute()
     if arguments.dry_run:

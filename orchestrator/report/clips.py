@@ -60,6 +60,7 @@ class Gallery:
 
     stream: StreamData
     outputs: Path
+    most: int | None = None  # clips of one kind; None: as many as are worth looking at
 
     @property
     def experiment(self) -> Experiment:
@@ -83,7 +84,7 @@ class Gallery:
             tuple(order.index(benchmark.class_names()[c - 1]) + 1 for c in sample.classes)
             for sample in benchmark.samples(split)
         ]
-        positions = _chosen(learned, tasks)
+        positions = _chosen(learned, tasks)[: self.most]
         rules = [task.seen_rule for task in tasks]
         said = [self._predict(experiment, split, positions, logged.networks, AUDIO_VISUAL) for logged in self.stream.tasks]
         found = []
@@ -115,7 +116,7 @@ class Gallery:
         ranked = sorted(
             (each for each in candidates if (each in chosen) == kept),
             key=lambda each: (-abs(scores[each][0]) if not kept else -scores[each][1], each),
-        )[:SCORED_CLIPS]
+        )[:SCORED_CLIPS][: self.most]
         places = {sample.id: position for position, sample in enumerate(benchmark.samples("train"))}
         positions = [places[each] for each in ranked]
         said = {

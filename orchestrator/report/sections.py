@@ -72,6 +72,7 @@ class Wishes:
     split: str = ""
     entries: tuple[str, ...] = ()
     clips: bool = True
+    most_clips: int | None = None  # of one kind
     told: Callable[[str], None] = field(default=lambda text: None)  # hears what was left out, and why
 
 
@@ -659,7 +660,7 @@ def _clips(source: Source, close: Sequence[str], split: str, wishes: Wishes) -> 
         stream = source.of(entry, setting)[0] if source.of(entry, setting) else None
         if stream is None or split not in stream.splits:
             continue
-        gallery = Gallery(stream, source.outputs)
+        gallery = Gallery(stream, source.outputs, wishes.most_clips)
         body += f"<h3>{escape(entry)}, setting {escape(setting)}, seed {stream.seed}</h3>\n"
         try:
             body += page.paragraphs([

@@ -99,6 +99,28 @@ def test_every_problem_is_a_line_and_status_is_1(root, check):
     assert [line.split() for line in lines[7:]] == [["train", "3", "2"], ["val", "2", "1"], ["test", "1", "0"]]
 
 
+def test_a_dry_run_reads_the_table_alone_and_writes_nothing(root, check, tmp_path):
+    damage(root)
+    status, out, _ = check(root, "--dry-run", "--quarantine", tmp_path / "held_back.json")
+    assert status == 0
+    assert "the files of 6 videos would be (test 1, train 3, val 2)" in out
+    assert f"{tmp_path / 'held_back.json'} would be written" in out
+    assert not (tmp_path / "held_back.json").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_debugging_reads_two_videos_of_a_split(root, check, tmp_path, processes):
+    damage(root)
+    status, out, _ = check(root, "--debug", processes=processes)
+    assert status == 1
+    assert "v1m/two/audio.wav" in out
+    assert "v1m/duo" not in out  # the third of train
+    status, _, err = check(root, "--debug", "--quarantine", tmp_path / "held_back.json")
+    assert status == 2
+    assert "leave out one of the two" in err
+    assert not (tmp_path / "held_back.json").exists()
+
+
 def test_a_subset_reads_its_own_videos(root, check):
     damage(root)
     status, out, _ = check(root, "--subset", "cim")

@@ -5,9 +5,10 @@ import sys
 import pytest
 import ray
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from cavs_model.datasets.collage import Collage
-from orchestrator import cli, compare, run, sweep
+from orchestrator import check, cli, compare, contact_sheet, run, sweep
 from orchestrator.dry_run import Lookup, debugged, tasks_done
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, override
@@ -54,6 +55,15 @@ def test_a_dry_run_does_nothing_and_says_what_the_store_has(tmp_path, monkeypatc
     assert "3 trials" in told
     assert "method.resampling_ratio" in told
     assert "in all 3 configurations x 1 seed x 2 tasks" in told
+    assert called(check.check, monkeypatch, tmp_path, "tones", "--trials", "3", "--dry-run") == 0
+    planned = capsys.readouterr().out
+    assert "no node, data, weights or MLflow is looked at" in planned
+    assert "in all 3 configurations x 1 seed x 2 tasks" in planned
+    assert called(check.check, monkeypatch, tmp_path, "tones", "--debug", "--dry-run") == 0
+    assert "5 clips, 1 epochs" not in planned
+    assert "5 clips, 1 epochs" in capsys.readouterr().out
+    assert called(contact_sheet.draw, monkeypatch, tmp_path, "tones", "--dry-run", "--count", "7") == 0
+    assert f"7 scenes of tones's train would be {tmp_path / 'contact_sheet_tones_train.png'}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -84,3 +94,12 @@ def test_a_store_that_is_not_there_has_nothing(tmp_path):
     experiment = cli.load_space("tones").base
     assert tasks_done(experiment, 0, ("val",), Lookup(Entries(tmp_path / "none"))) == (0, "seed 0 task 1/2 audio_visual")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_contact_sheet_for_debugging_has_two_scenes(tmp_path, monkeypatch, capsys):
+    sizes = []
+    for arguments in (["--count", "2"], ["--debug"], ["--count", "6"]):
+        assert called(contact_sheet.draw, monkeypatch, tmp_path, "tones", *arguments) == 0
+        with Image.open(capsys.readouterr().out.strip()) as picture:
+            sizes.append(picture.size)
+    assert sizes[0] == sizes[1] != sizes[2]

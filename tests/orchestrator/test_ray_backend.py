@@ -15,6 +15,8 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.util import placement_group_table
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cavs_model import checkpoint
 from cavs_model.datasets.cache import cache_folder, missing_blocks
@@ -26,6 +28,7 @@ from cavs_model.methods.ewc import EWC
 from cavs_model.train import DivergedError, TaskJob
 from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
+from orchestrator.orphans import remove_orphans
 from orchestrator.progress import Event
 from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, new_mailbox
 from orchestrator.store import StoredBackend
@@ -344,3 +347,42 @@ def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
     assert cluster.started_here
     assert cluster.dashboard.startswith("127.0.0.1:")
     assert ray.get_runtime_context().gcs_address == cluster.address
+
+
+@ray.remote(num_cpus=0)
+class Maker:
+    """An actor that has a placement group that it got and one that it waits for."""
+
+    def make(self) -> tuple[int, list[str]]:
+        groups = [placement_group([{"CPU": cpus}]) for cpus in (0.25, 1000)]
+        ray.get(groups[0].ready())
+        return os.getpid(), [group.id.hex() for group in groups]
+
+
+def test_what_a_dead_actor_held_is_given_back_and_nothing_else(cluster: Cluster) -> None:
+    """Ray keeps it until the job ends: a sweep whose trial's driver was killed waited for its CPUs for ever."""
+    ours = placement_group([{"CPU": 0.25}])
+    ray.get(ours.ready())
+    living, dead = Maker.remote(), Maker.remote()  # type: ignore[attr-defined]
+    pid, lost = ray.get(dead.make.remote())
+    another = dead.make.remote()
+    psutil.Process(pid).kill()
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get([another, dead.make.remote()])
+    [kept] = ray.get(living.make.remote())[1][:1]
+
+    def states() -> dict[str, str]:
+        return {name: row["state"] for name, row in placement_group_table().items()}
+
+    assert [states()[name] for name in lost] == ["CREATED", "PENDING"]  # the trap
+    assert remove_orphans() >= 2
+    assert [states()[name] for name in lost] == ["REMOVED", "REMOVED"]
+    assert [states()[name] for name in (ours.id.hex(), kept)] == ["CREATED", "CREATED"]
+    assert remove_orphans() == 0
+    ray.kill(living)
+    deadline = time.monotonic() + 20
+    while not remove_orphans() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert states()[kept] == "REMOVED"
+    assert states()[ours.id.hex()] == "CREATED"
+    remove_placement_group(ours)

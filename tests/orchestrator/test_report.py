@@ -293,6 +293,19 @@ def test_a_dry_run_of_a_report_writes_nothing(outputs, tmp_path, monkeypatch, ca
     assert not page.exists()
 
 
+def test_a_report_for_debugging_has_a_clip_of_each_kind(outputs, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    clips = []
+    for more in ([], ["--debug"]):
+        page = tmp_path / f"page{len(more)}.html"
+        monkeypatch.setattr("sys.argv", ["report", "toys", "--outputs", str(outputs), "--to", str(page), *more])
+        assert cli.main(report) == 0
+        section = page.read_text().partition("Clips to look at and listen to</h2>")[2]
+        clips.append((section.count("Training clips of task"), section.count('class="clip"')))
+    assert clips[1][0] == clips[0][0] > 0
+    assert clips[0][0] < clips[1][1] < clips[0][1]
+
+
 def test_a_report_that_fails_is_told_and_fails_nothing_else(tmp_path, capsys):
     cli.write_report("sweeps/nobody", tmp_path)
     shown = capsys.readouterr().out

@@ -20,9 +20,11 @@ from orchestrator.search import (
     SAMPLERS,
     STARTUP_TRIALS,
     TASKS_LEFT,
+    WATCH_SECONDS,
     Budgets,
     Search,
     StudySearch,
+    Undertaker,
     described,
     sampler_of,
     seed_of_trial,
@@ -184,3 +186,19 @@ def test_the_gp_draws_no_configuration_twice():
         drawn.append((samples, round(ratio, 4)))
         study.tell(trial, 0.004 * samples / 10 + 0.012 * math.sin(1000 * ratio + samples))
     assert len(set(drawn)) == len(drawn)
+
+
+def test_orphans_are_looked_for_a_while_after_a_death_and_never_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks, clock = [], [100.0]
+    monkeypatch.setattr("orchestrator.search.remove_orphans", lambda: looks.append(clock[0]))
+    undertaker = Undertaker(lambda: clock[0])
+    undertaker()
+    assert looks == []
+    for told in (undertaker.on_trial_recover, undertaker.on_trial_error):
+        told(iteration=1, trials=[], trial=None)
+        undertaker()
+        clock[0] += WATCH_SECONDS - 1
+        undertaker()
+        clock[0] += 1
+        undertaker()
+    assert looks == [100.0, 99.0 + WATCH_SECONDS, 100.0 + WATCH_SECONDS, 99.0 + 2 * WATCH_SECONDS]
