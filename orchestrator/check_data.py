@@ -43,7 +43,8 @@ class ProcessMap:
     most: int | None = None  # videos of a split; None is all
 
     def __call__(self, check: Check, videos: Sequence[Video]) -> Iterator[tuple[Problem, ...]]:
-        videos = _first_of_splits(videos, self.most)
+        if self.most is not None:
+            videos = _first_of_splits(videos, self.most)
         started = told = self.now()
         count = 0
         for done, problems in enumerate(self._results(check, videos), start=1):
@@ -69,13 +70,13 @@ class ProcessMap:
             pool.shutdown(cancel_futures=True)
 
 
-def _first_of_splits(videos: Sequence[Video], most: int | None) -> Sequence[Video]:
+def _first_of_splits(videos: Sequence[Video], most: int) -> Sequence[Video]:
     """The first `most` of each split, in their order."""
     seen: Counter[str] = Counter()
     chosen = []
     for video in videos:
         seen[video.split] += 1
-        if most is None or seen[video.split] <= most:
+        if seen[video.split] <= most:
             chosen.append(video)
     return chosen
 
