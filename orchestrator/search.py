@@ -14,6 +14,7 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import optuna
 import ray
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
@@ -144,7 +146,9 @@ def sampler_of(kind: str, seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, seed=seed)
     if kind == "gp":
         # The same configuration gives the same stream: to a sampler that expects noise its best one is worth drawing again.
-        return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed, deterministic_objective=True)
+        with warnings.catch_warnings():  # every sweep would begin by telling its user that this argument may change
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return optuna.samplers.GPSampler(n_startup_trials=STARTUP_TRIALS, seed=seed, deterministic_objective=True)
     if kind == "nsga2":
         return optuna.samplers.NSGAIISampler(population_size=POPULATION, seed=seed)
     raise unknown("sampler", kind, SAMPLERS)

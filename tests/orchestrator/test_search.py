@@ -31,7 +31,6 @@ from orchestrator.search import (
 )
 from search_spaces import tones
 
-pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 
 METRIC = "val/miou/all"
 SPACE = SearchSpace("tones", tones.BASE, (Objective(METRIC),), tones.define)
