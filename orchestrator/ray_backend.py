@@ -69,6 +69,9 @@ WORKER_ENVIRONMENT = {
     # lost counts as alive for some seconds. That a second network waits for the workers of the first is no failure.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_TRAIN_V2_ENABLED": "1",
+    # Each controller would set up its process's logging anew. Two of one process, as a task's two fits have, can then wait for
+    # each other for ever: one holds logging's lock and wants a handler's, the other the reverse.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     # Large tensors are otherwise mapped from the system and faulted in anew at every step: 7 % of a step on CPU, and more.
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483648",

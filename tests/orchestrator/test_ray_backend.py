@@ -349,6 +349,16 @@ def test_the_cluster_asks_for_a_token(cluster: Cluster) -> None:
     assert ray.get_runtime_context().gcs_address == cluster.address
 
 
+def test_controllers_leave_the_logging_of_their_process_alone(
+    on_ray: tuple[list[TaskOutcome], RayBackend], cluster: Cluster
+) -> None:
+    """Two in one process have waited for each other for ever: dictConfig takes logging's lock, then those of all handlers."""
+    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+    logs = [path.name for path in (session / "logs" / "train").glob("*")]
+    assert any("worker" in name for name in logs)  # fits ran, and this is where their logs lie
+    assert not [name for name in logs if "controller" in name]
+
+
 @ray.remote(num_cpus=0)
 class Maker:
     """An actor that has a placement group that it got and one that it waits for."""

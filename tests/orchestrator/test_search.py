@@ -31,7 +31,6 @@ from orchestrator.search import (
 )
 from search_spaces import tones
 
-
 METRIC = "val/miou/all"
 SPACE = SearchSpace("tones", tones.BASE, (Objective(METRIC),), tones.define)
 TWO = (Objective(METRIC), Objective("memory/bytes", "min"))
