@@ -1,9 +1,9 @@
 """How large a memory and how much resampling does CMR want on Collage? (CMR, section 5: 5 samples per class, 20 %.)
 
 Sized for 2 cores: one frame a clip, many scenes, few epochs (960 scenes and 12 epochs cost more and learn less); the base task,
-which all trials share, may take the more of them: twelve cost a sweep of 20 trials 12 % more than five. Two defaults are changed,
-for reasons measured on validation (docs/log.md): the POD weights, which at VOC's 0.01 let no new class in here, and the
-precision, as fp32 is as fast as bf16 for this network on a CPU. Measured time and objective: README.
+which all trials share, may take the more of them: twelve cost a sweep of 20 trials 12 % more than five. Two defaults are
+changed, for reasons measured on validation (docs/log.md): the POD weights, which at VOC's 0.01 let no new class in here, and
+the precision, as fp32 is as fast as bf16 for this network on a CPU. Measured time and objective: README.
 """
 
 from cavs_model.datasets.collage import Collage
