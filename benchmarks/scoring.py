@@ -197,8 +197,8 @@ def one_pass(report: Report, options: object, root: str, clips: int) -> None:
 
 
 def workers(report: Report, options: object, root: str, clips: int) -> None:
-    """The scores of the same clips by Ray tasks on one core and on two. Two clusters, one after the other in each round."""
-    import ray
+    """The scores of the same clips by Ray tasks on one core and on two."""
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     from cavs_model import checkpoint
     from orchestrator.experiment import Resources
@@ -217,27 +217,22 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
     with connected():
         backend = RayBackend(Path(root), Path(root) / "scratch", Resources())
 
-        @ray.remote(num_cpus=1)
-        def occupied(seconds: float) -> None:
-            import time
-
-            time.sleep(seconds)
+        backend.prepare(benchmark, ("train",))
 
         def score() -> None:
             backend.score(job, paths)
 
         def on_one() -> None:
-            # One core is given to a task that sleeps, so that chunks go to the other one after another.
-            sleeper = occupied.remote(3600.0)
-            ray.wait([sleeper], timeout=2.0)
+            group = placement_group([{"CPU": 1}])  # holds one of two cores, so that chunks go to the other one after another
+            group.wait(60)
             try:
                 score()
             finally:
-                ray.cancel(sleeper, force=True)
+                remove_placement_group(group)
 
         times = alternate({"one worker": on_one, "two workers": score}, options.rounds, options.pause)  # type: ignore[attr-defined]
     report.raw["workers"] = times.raw()
-    report.say("By Ray tasks (the time of the waiting core's task, two seconds, is in the first row):")
+    report.say(f"By Ray tasks on 2 cores, {clips} clips, two networks, the row of one with a core taken away:")
     report.say()
     report.table(["", *times.columns("one worker")[::2]], [(name, *times.row(name, "one worker")[::2]) for name in times.wall])
 
