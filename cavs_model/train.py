@@ -101,11 +101,6 @@ class TaskJob:
         return len(self.task.train) + len(self.rows)
 
     @property
-    def planned_samples(self) -> int:
-        """Clips of one epoch as expected before the stream began: the unit of estimates."""
-        return planned_samples(self.method, self.task)
-
-    @property
     def cost_per_clip(self) -> float:
         """Cost of a clip's training pass in passes of the base task, which has no teacher."""
         return TEACHER_COST if self.has_teacher else 1.0
@@ -315,7 +310,7 @@ class _Pulse:
                 "label": job.label,
                 "epoch": self._epoch + 1,
                 "epochs": job.schedule.epochs_of(job.task),
-                "work": (done - self._done) * job.planned_samples * job.cost_per_clip,
+                "work": (done - self._done) * planned_samples(job.method, job.task) * job.cost_per_clip,
                 "seconds": now - self._told,
                 "clips_per_second": done * job.num_samples / max(now - self._started, 1e-9),
                 **more,

@@ -42,7 +42,7 @@ def check() -> int:
     experiment, knobs, outputs = None, False, None
     try:
         space, experiment = cli.experiment_of(arguments)
-        knobs = bool(cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define)))
+        knobs = _is_searched(space, experiment)
         report.tell([Finding("experiment", f"{space.name}: every field and setting fits")])
     except InputError as error:
         report.tell([problem("experiment", error)])
@@ -70,10 +70,15 @@ def check() -> int:
     return report.conclude()
 
 
+def _is_searched(space: cli.SearchSpace, experiment: Experiment) -> bool:
+    """Whether knobs are left open where the space's experiment is this one."""
+    return bool(cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define)))
+
+
 def _only_the_plan(arguments: argparse.Namespace) -> int:
-    """Of --dry-run: nothing is started, probed or written."""
+    """Of --dry-run: no cluster is started or joined, and nothing is written into the outputs."""
     space, experiment = cli.experiment_of(arguments)
-    trials = arguments.trials if cli.open_knobs(cli.SearchSpace(space.name, experiment, space.objectives, space.define)) else 1
+    trials = arguments.trials if _is_searched(space, experiment) else 1
     outputs = cli.outputs_folder(arguments.outputs)
     print(f"dry run, no node, data, weights or MLflow is looked at\n{space.name}: every field and setting fits")
     print(plan_text(experiment, ("val",), cli.store_of(arguments.store, outputs), trials))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.orphans import remove_orphans
 from orchestrator.progress import Event
-from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, new_mailbox
+from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, in_an_actor, new_mailbox
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
 from search_spaces.tones import BASE
@@ -396,3 +397,18 @@ def test_what_a_dead_actor_held_is_given_back_and_nothing_else(cluster: Cluster)
     assert states()[kept] == "REMOVED"
     assert states()[ours.id.hex()] == "CREATED"
     remove_placement_group(ours)
+
+
+def test_a_host_that_dies_leaves_no_placement_group(cluster: Cluster) -> None:
+    """The actor that `run` and `compare` make for a task's fits, as their driver is none."""
+
+    def fit() -> None:
+        group = placement_group([{"CPU": 0.25}])
+        ray.get(group.ready())
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    before = {name for name, row in placement_group_table().items() if row["state"] != "REMOVED"}
+    with pytest.raises(ray.exceptions.ActorDiedError), in_an_actor(1) as call:
+        call(fit)
+    assert {name for name, row in placement_group_table().items() if row["state"] != "REMOVED"} == before
+    assert len(placement_group_table()) > len(before)
