@@ -6,6 +6,7 @@ import argparse
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from cavs_model.errors import InputError
@@ -15,6 +16,7 @@ from orchestrator.entries import KINDS, DamagedError, Entries, Entry
 DAMAGED_STATUS = 1
 UNIT_SECONDS = {"d": 86400, "h": 3600, "m": 60}
 RUN_KINDS = ("sweep", "comparison", "run")
+DEBUG_ENTRIES = 2  # of each kind
 
 
 def housekeeping() -> int:
@@ -35,34 +37,45 @@ def housekeeping() -> int:
             "--outputs", type=Path, default=argparse.SUPPRESS, help="folder of all results, of which store/ is one"
         )
         cli.add_store(each, default=argparse.SUPPRESS)
+        each.add_argument("--dry-run", action="store_true", default=argparse.SUPPRESS,
+                          help="say what would be read or deleted; change nothing")  # fmt: skip
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                          help=f"the first {DEBUG_ENTRIES} entries of each kind alone; not with --yes")  # fmt: skip
     arguments = made.parse_args()
+    dry_run, debug = hasattr(arguments, "dry_run"), hasattr(arguments, "debug")
+    if getattr(arguments, "yes", False) and (dry_run or debug):
+        raise InputError("--yes deletes, --dry-run and --debug only show; leave out one of the two")
     outputs = cli.outputs_folder(getattr(arguments, "outputs", None))
     entries = cli.store_of(getattr(arguments, "store", None), outputs)
     if not entries.exists():
         raise InputError(f"no store at {entries.name}; choose another by --store, --outputs, CAVS_STORE or CAVS_OUTPUTS")
-    if arguments.verb in ("verify", "prune"):
+    found = entries.scan()
+    if debug:
+        found = [entry for kind in KINDS for entry in [each for each in found if each.kind == kind][:DEBUG_ENTRIES]]
+    if dry_run and arguments.verb != "prune":
+        print(f"would {'read all of' if arguments.verb == 'verify' else 'list'} these in {entries.name}:")
+        _print_sums(found)
+        return 0
+    if arguments.verb in ("verify", "prune") and not dry_run:
         entries.make()
         entries.end_dead_leases(lambda text: print(text, flush=True))
     if arguments.verb == "verify":
-        return verify_all(entries, arguments.repair)
+        return verify_all(entries, found, arguments.repair)
     if arguments.verb == "prune":
         if arguments.older_than is not None:
-            prune_old(entries, seconds_of(arguments.older_than), arguments.yes)
+            prune_old(entries, found, seconds_of(arguments.older_than), arguments.yes)
         else:
             kind = next(kind for kind in RUN_KINDS if getattr(arguments, kind) is not None)
-            prune_run(entries, f"{kind}/{getattr(arguments, kind)}", arguments.yes)
+            prune_run(entries, found, f"{kind}/{getattr(arguments, kind)}", arguments.yes)
         return 0
-    found = entries.scan()
     _print_entries(found)
-    for kind in KINDS:
-        of_kind = [entry for entry in found if entry.kind == kind]
-        print(f"{kind}: {len(of_kind)} entries, {_bytes(sum(entry.size_bytes for entry in of_kind))}")
+    _print_sums(found)
     return 0
 
 
-def verify_all(entries: Entries, repair: bool) -> int:
-    """Reads every entry and prints the damaged ones, which are set aside with `repair`. 0, or 1 where some are."""
-    found, damaged = entries.scan(), 0
+def verify_all(entries: Entries, found: Sequence[Entry], repair: bool) -> int:
+    """Reads every entry found and prints the damaged ones, which are set aside with `repair`. 0, or 1 where some are."""
+    damaged = 0
     for entry in found:
         if _problem(entries, entry) is None:
             continue
@@ -79,12 +92,12 @@ def verify_all(entries: Entries, repair: bool) -> int:
     return DAMAGED_STATUS if damaged else 0
 
 
-def prune_old(entries: Entries, age_seconds: float, delete: bool) -> None:
-    """Deletes, or shows, entries not used for so long, and what killed runs left and damaged entries of that age."""
+def prune_old(entries: Entries, found: Sequence[Entry], age_seconds: float, delete: bool) -> None:
+    """Deletes, or shows, entries found not used for so long, and what killed runs left and damaged entries of that age."""
     limit = time.time() - age_seconds
-    _prune(entries, [entry for entry in entries.scan() if entry.used < limit], delete, limit)
+    _prune(entries, [entry for entry in found if entry.used < limit], delete, limit)
     for leftover, key in entries.leftovers():
-        with entries.locked_now(key) as held:
+        with entries.locked_now(key) if delete else nullcontext(True) as held:
             size, changed = entries.measure(leftover) or (0, limit)
             if not held or changed >= limit:
                 continue
@@ -93,15 +106,15 @@ def prune_old(entries: Entries, age_seconds: float, delete: bool) -> None:
                 entries.discard(leftover)
 
 
-def prune_run(entries: Entries, user: str, delete: bool) -> None:
-    """Deletes, or shows, what one run alone used. InputError for a run that used nothing, with those that did."""
+def prune_run(entries: Entries, found: Sequence[Entry], user: str, delete: bool) -> None:
+    """Deletes, or shows, what one run alone used of those found. InputError for one that used nothing, with those that did."""
     users = entries.users()
     if user not in users:
         known = ", ".join(sorted(users)) or "none"
         raise InputError(f"the store has no record of {user}; it has: {known}")
     shared = {each for other, used in users.items() if other != user for each in used}
     alone = users[user] - shared
-    kept = _prune(entries, [entry for entry in entries.scan() if (entry.kind, entry.key) in alone], delete)
+    kept = _prune(entries, [entry for entry in found if (entry.kind, entry.key) in alone], delete)
     print(f"{len(users[user] & shared)} entries are used by others too and stay")
     if delete:
         for kind, key in users[user] - kept:
@@ -141,6 +154,12 @@ def _problem(entries: Entries, entry: Entry) -> str | None:
     except DamagedError as error:
         return str(error)
     return None
+
+
+def _print_sums(entries: Sequence[Entry]) -> None:
+    for kind in KINDS:
+        of_kind = [entry for entry in entries if entry.kind == kind]
+        print(f"{kind}: {len(of_kind)} entries, {_bytes(sum(entry.size_bytes for entry in of_kind))}")
 
 
 def _print_entries(entries: Iterable[Entry]) -> None:

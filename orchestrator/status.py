@@ -22,6 +22,7 @@ from typing import Any
 from cavs_model.errors import InputError
 from cavs_model.untrusted import FaultError, read_json
 from orchestrator import cli
+from orchestrator.dry_run import debug_name
 from orchestrator.entries import write_atomically
 from orchestrator.progress import View, clock
 from orchestrator.redaction import redacted
@@ -142,13 +143,22 @@ def status() -> int:
     made.add_argument("name", nargs="?", help="its name, or the path of its folder; without it all are listed")
     made.add_argument("--outputs", type=Path, default=None, help="folder of all results (CAVS_OUTPUTS, else ./outputs)")
     made.add_argument("--follow", action="store_true", help="show it again whenever it changes, until it ends")
+    made.add_argument("--dry-run", action="store_true", help="say of which files; show none")
+    made.add_argument("--debug", action="store_true", help="of what ran with --debug, whose name begins with debug")
     arguments = made.parse_args()
     outputs = cli.outputs_folder(arguments.outputs)
-    if arguments.name is None:
-        for each in everything(outputs):
-            print(each.described().splitlines()[0])
+    if arguments.name is not None and arguments.debug:
+        path = Path(arguments.name)
+        arguments.name = str(path.with_name(debug_name(path.name)))
+    listed = arguments.name is None
+    asked = everything(outputs) if listed else [find(arguments.name, outputs)]
+    if arguments.debug:
+        asked = [each for each in asked if each.path.parent.name.startswith("debug")]
+    if arguments.dry_run or listed:
+        for each in asked:
+            print(f"would show {each.path}" if arguments.dry_run else each.described().splitlines()[0])
         return 0
-    found = find(arguments.name, outputs)
+    [found] = asked
     print(found.described(), flush=True)
     while arguments.follow and found.alive():
         time.sleep(FOLLOW_SECONDS)

@@ -142,6 +142,19 @@ def test_names_that_are_not_there_and_files_that_are_none_are_told(tmp_path, mon
             find("night", tmp_path)
 
 
+def test_a_dry_run_names_the_files_and_debug_asks_for_what_ran_with_debug(tmp_path, monkeypatch, capsys):
+    for name in ("night", "debug-night"):
+        watched(tmp_path / "sweeps" / name).heartbeat()
+    assert asked(monkeypatch, tmp_path, "--dry-run") == 0
+    shown = [f"would show {tmp_path / 'sweeps' / name / STATUS_FILE}" for name in ("night", "debug-night")]
+    assert capsys.readouterr().out.splitlines() == shown
+    for name in ("night", "debug-night", str(tmp_path / "sweeps" / "night")):
+        assert asked(monkeypatch, tmp_path, name, "--debug") == 0
+        assert capsys.readouterr().out.startswith("sweep debug-night: running")
+    assert asked(monkeypatch, tmp_path, "--debug", "--dry-run") == 0
+    assert capsys.readouterr().out.splitlines() == shown[1:]
+
+
 def test_runs_of_one_name_at_once_do_not_share_a_file(tmp_path):
     first = run_status(tmp_path, "CMR: 16-8 / seed 0")
     assert first.folder == tmp_path / "runs" / "CMR-16-8-seed-0"

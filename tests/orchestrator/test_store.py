@@ -705,6 +705,31 @@ def test_pruning_a_sweep_deletes_what_no_other_run_used(tmp_path, monkeypatch, c
     assert names(root) == []
 
 
+def test_a_dry_run_changes_nothing_and_debug_looks_at_two_entries_of_a_kind(tmp_path, monkeypatch, capsys):
+    root = tmp_path / "store"
+    stored = StoredBackend(FakeBackend(), root, user="sweep/one")
+    paths = stored.train([JOB, dataclasses.replace(JOB, network=VISUAL_ONLY), BASE_JOB])
+    stored.evaluate(EVALUATE, paths[0])
+    last = max(paths)
+    flip_a_bit(pathlib.Path(last) / checkpoint.WEIGHTS)
+    before = names(root)
+    for verb in ([], ["list"], ["verify", "--repair"], ["prune", "--older-than", "0m"], ["prune", "--sweep", "one"]):
+        assert keep_house(monkeypatch, tmp_path, *verb, "--dry-run") == 0
+        out = capsys.readouterr().out
+        assert ("would read all of" in out, "would list" in out) == (verb[:1] == ["verify"], verb in ([], ["list"]))
+        assert "networks: 3 entries" in out or "4 entries" in out
+        assert names(root) == before
+    assert keep_house(monkeypatch, tmp_path, "verify", "--debug") == 0  # the damaged one is the third
+    assert "3 entries" in capsys.readouterr().out
+    assert keep_house(monkeypatch, tmp_path, "verify") == 1
+    keep_house(monkeypatch, tmp_path, "--debug")
+    assert last.rpartition("/")[2] not in capsys.readouterr().out.split("damaged: ")[-1].partition("\n")[2]
+    for flag in ("--dry-run", "--debug"):
+        with pytest.raises(InputError, match="--yes deletes"):
+            keep_house(monkeypatch, tmp_path, "prune", "--older-than", "0m", "--yes", flag)
+    assert names(root) == before
+
+
 def test_reuse_is_told_in_outcomes_and_worker_seconds():
     total = store.Reuse(1, 2, 30.4, 40.0) + store.Reuse(1, 1, 0.0, 10.0)
     assert total.describe() == "2 outcomes computed (30 worker-seconds), 3 reused (50 worker-seconds)"

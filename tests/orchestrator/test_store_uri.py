@@ -395,6 +395,11 @@ def test_house_is_kept_behind_a_uri(uri, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "house" / "store").exists()
     assert "locks/dead.lease" in far.files("locks")
 
+    keep_house(monkeypatch, tmp_path, uri, "prune", "--older-than", "0m", "--dry-run")
+    assert "2 entries" in capsys.readouterr().out
+    assert not (tmp_path / "house" / "store").exists()
+    assert set(far.files("locks")) == {"locks/dead.lease"}
+
     assert keep_house(monkeypatch, tmp_path, uri, "verify") == 0
     out = capsys.readouterr().out
     assert "watching 1 leases" in out
