@@ -1,16 +1,23 @@
 """The published networks: their encoders against their packages, AVSBench's sizes, weights from files and from the network."""
 
 import hashlib
+import http.server
+import os
 import re
+import shutil
+import subprocess
 import sys
+import threading
 import types
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from test_networks import make_batch
 from torch import nn
 from torchvision.models import resnet50
@@ -174,6 +181,61 @@ def test_imagenet_weights_of_resnet_are_those_of_the_papers(tmp_path: Path, monk
     stored = torch.load(file, weights_only=True)
     assert all(torch.equal(value, stored[name]) for name, value in own.items())
     assert asked == ["https://download.pytorch.org/models/resnet50-0676ba61.pth"]
+
+
+HUB_CLIENT = """
+import sys, torch
+from safetensors.torch import load_file
+from cavs_model.networks.visual_encoders import build_visual_encoder
+own, stored = build_visual_encoder("pvt_v2_b5", "imagenet").body().state_dict(), load_file(sys.argv[1])
+print(len(own), all(torch.equal(value, stored[name]) for name, value in own.items()))
+"""
+
+
+@contextmanager
+def hub(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """A server that speaks the hub's protocol of downloads, for one file: its address, and what it was asked for."""
+    asked: list[str] = []
+
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(f"{self.command} {self.path}")
+            self.send_response(200)
+            for name, value in (("X-Repo-Commit", "a" * 40), ("ETag", '"weights"'), ("Content-Length", file.stat().st_size)):
+                self.send_header(name, str(value))
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            with open(file, "rb") as content:
+                shutil.copyfileobj(content, self.wfile)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_imagenet_weights_of_pvt_come_from_its_hub_once_and_then_without_it(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file(timm.create_model("pvt_v2_b5").state_dict(), file)
+    with hub(file) as (address, asked):
+        # In a process of its own: the hub's client reads its settings when it is imported.
+        settings = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-c", HUB_CLIENT, str(file)]
+        first = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert first.stdout.split() == [str(len(timm.create_model("pvt_v2_b5").state_dict()) - 2), "True"], first.stderr
+    path = "/timm/pvt_v2_b5.in1k/resolve/main/model.safetensors"
+    assert [each for each in asked if each.endswith(path)] == [f"HEAD {path}", f"GET {path}"]
+    again = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert again.stdout == first.stdout, again.stderr
 
 
 def test_no_network_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
