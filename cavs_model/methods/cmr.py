@@ -205,11 +205,10 @@ class CMR(RehearsalMethod):
         A clip without annotated frames scores 0.
         """
         frames = _scored_frames(batch)
-        score = {}
-        for name in (AUDIO_VISUAL, VISUAL_ONLY):
-            with torch.no_grad():
-                prediction = models[name](batch).classes
-            score[name] = self._iou(frame_ious(prediction, batch, task.num_classes), frames)
+        with torch.no_grad():
+            said = [models[name](batch).classes for name in (AUDIO_VISUAL, VISUAL_ONLY)]
+        ious = frame_ious(said, batch, task.num_classes)
+        score = {name: self._iou(each, frames) for name, each in zip((AUDIO_VISUAL, VISUAL_ONLY), ious, strict=True)}
         return ScoreTable(
             batch.sample_id,
             {
@@ -289,24 +288,27 @@ def collision_pairs(scores: ScoreTable, least_share: float) -> dict[tuple[int, i
     return pairs
 
 
-def frame_ious(prediction: Tensor, batch: Batch, num_classes: int) -> np.ndarray:
-    """IoU per clip, frame and class, float64 [B T C], over labelled pixels of annotated frames.
+def frame_ious(predictions: Sequence[Tensor], batch: Batch, num_classes: int) -> list[np.ndarray]:
+    """IoU per clip, frame and class of several predictions, each float64 [B T C], over labelled pixels of annotated frames.
 
-    prediction [B T H W] integers. NaN for a class that is neither predicted nor true in a frame.
+    predictions: integers [B T H W]. NaN for a class that is neither predicted nor true in a frame.
     """
     clips, frames = batch.label.shape[:2]
-    counted = (batch.label != IGNORE) & annotated(batch)[:, :, None, None]
-    # One matrix a frame, whose last row takes the pixels that do not count: a second selection of pixels would cost more.
+    # One matrix a frame, whose last row takes the pixels that do not count: a selection of pixels would cost more. Where each
+    # pixel's row begins is the same for all predictions. In 32 bits, which hold it many times over, for half of the memory.
     size = num_classes + 1
-    index = torch.where(counted, batch.label.long(), num_classes)
-    index += size * torch.arange(clips * frames, device=index.device).view(clips, frames, 1, 1)
-    index = index.mul_(size).add_(prediction).flatten()
-    counts = torch.bincount(index, minlength=clips * frames * size**2).view(clips, frames, size, size)
-    matrix = counts.cpu().numpy()[:, :, :num_classes, :num_classes]
-    hit = matrix.diagonal(axis1=2, axis2=3)
-    union = matrix.sum(3) + matrix.sum(2) - hit
-    ious: np.ndarray = np.divide(hit, union, out=np.full(union.shape, np.nan), where=union > 0)
-    return ious
+    uncounted = ~annotated(batch)[:, :, None, None]
+    label = batch.label.masked_fill(batch.label == IGNORE, num_classes).masked_fill_(uncounted, num_classes)
+    matrix = torch.arange(clips * frames, dtype=torch.int32, device=label.device).view(clips, frames, 1, 1) * size**2
+    row = torch.add(matrix, label, alpha=size)
+    found = []
+    for prediction in predictions:
+        counts = torch.bincount((row + prediction.int()).flatten(), minlength=clips * frames * size**2)
+        counted = counts.view(clips, frames, size, size).cpu().numpy()[:, :, :num_classes, :num_classes]
+        hit = counted.diagonal(axis1=2, axis2=3)
+        union = counted.sum(3) + counted.sum(2) - hit
+        found.append(np.divide(hit, union, out=np.full(union.shape, np.nan), where=union > 0))
+    return found
 
 
 def _scored_frames(batch: Batch) -> np.ndarray:
