@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from cavs_model.datasets.base import Benchmark, Clips
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
@@ -108,7 +109,10 @@ def write_block(benchmark: Benchmark, split: str, block: int, root: str | Path) 
     positions = _blocks(benchmark, split)[block]
     path = _block_path(folder, block)
     if _fault(path, record, len(positions)):
-        _write_atomically(path, _encode(_records(benchmark, split, positions)))
+        # A clip's matrices are small, and there is a process for every core: threads of BLAS would only wait for one another.
+        with threadpool_limits(1, "blas"):
+            records = _records(benchmark, split, positions)
+        _write_atomically(path, _encode(records))
 
 
 def write_features(benchmark: Benchmark, split: str, block: int, root: str | Path, weights: str) -> None:

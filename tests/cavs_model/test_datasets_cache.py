@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from cavs_model.datasets import cache
 from cavs_model.datasets.cache import (
@@ -197,6 +198,23 @@ def test_writers_of_the_same_block_do_not_disturb_each_other(tmp_path):
         list(threads.map(lambda _: write_block(TONES, "train", 0, tmp_path), range(8)))
     assert [path.name for path in block_files(tmp_path)] == ["clips-v1-00000.npy"]
     assert missing_blocks(TONES, "train", tmp_path) == [1, 2]
+
+
+def test_a_block_is_rendered_by_one_thread_of_blas_whatever_was_set(tmp_path, monkeypatch):
+    seen = []
+
+    def threads():
+        return [each["num_threads"] for each in threadpool_info() if each["user_api"] == "blas"]
+
+    render = StoredTones.render
+    monkeypatch.setattr(StoredTones, "render", lambda *given: seen.append(threads()) or render(*given))
+    with threadpool_limits(2, "blas"):
+        before = threads()
+        write_block(TONES, "train", 0, tmp_path)
+        assert threads() == before
+    assert before
+    assert all(count == 1 for counts in seen for count in counts)
+    assert seen
 
 
 def test_a_full_disk_leaves_nothing_behind(tmp_path):
