@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from orchestrator.dry_run import Lookup, debug_name, debugged, tasks_done
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, flatten, override, parse_assignments, plain
 from orchestrator.fields import text
-from orchestrator.ledger import LARGEST_LEDGER_BYTES, refuse_changes
+from orchestrator.ledger import LARGEST_LEDGER_BYTES, held, is_begun, refuse_changes
 from orchestrator.local_backend import LocalBackend
 from orchestrator.node_metrics import Probe, Watch, this_machine
 from orchestrator.notes import note
@@ -84,9 +83,7 @@ class Ledger:
     def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:
         """The ledger of a comparison that was begun, or a new one. InputError where the folder holds another comparison."""
         path = folder / PLAN_FILE
-        if not path.exists():
-            if folder.exists():
-                raise InputError(f"{folder} is not a comparison's folder; choose another --name")
+        if not is_begun(folder, PLAN_FILE):
             return Ledger(folder, plan)
         try:
             noted = typed_fields(Ledger, read_json(path, LARGEST_LEDGER_BYTES), given={"folder": folder})
@@ -101,7 +98,6 @@ class Ledger:
 
     def save(self) -> None:
         """Writes the ledger as it is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         content = {"plan": self.plan, "parent": self.parent, "runs": self.runs, "done": self.done}
         write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=1).encode())
 
@@ -186,32 +182,33 @@ def compare() -> int:
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
     name = debug_name(arguments.name) if arguments.debug and arguments.name else arguments.name
     default = debug_name(spaces[0].name) if arguments.debug else spaces[0].name
-    folder = _folder(outputs / "comparisons", name, default, arguments.fresh)
+    folder = cli.run_folder(outputs / "comparisons", name, default)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
-    ledger = Ledger.open(folder, plan)
-    tracker.belongs_to("comparison", folder.name)
-    if ledger.parent:
-        tracker.resume(ledger.parent)
-    else:
-        shared = {name: value for name, value in tags_of(streams[0].experiment).items() if name.startswith("benchmark")}
-        params = {"entries": list(entries), "seeds": seeds, "splits": splits}
-        ledger.parent = tracker.start(folder.name, "comparison", params, tags=shared)
-        tracker.dataset(ledger.parent, benchmark)
-        tracker.data_picture(ledger.parent, benchmark)
-        tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
-        tracker.origin(ledger.parent)
-        ledger.save()
-    todo = [stream for stream in streams if stream.name not in ledger.done]
-    # Streams stand for a search's trials here: one task each, of the mean stream's work.
-    shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "comparison"))
-    progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo), renderers=shown, unit="streams")
-    progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
-    progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
-    progress.line(f"MLflow: {tracker.open_hint}")
-    job = _Job(tracker, ledger, progress, splits, store)
-    progress.shared = job.shared
-    with progress:
-        failed = _run(arguments, streams, todo, job, outputs, seeds, reference, [space.doc for space in spaces])
+    with held(folder, arguments.fresh):
+        ledger = Ledger.open(folder, plan)
+        tracker.belongs_to("comparison", folder.name)
+        if ledger.parent:
+            tracker.resume(ledger.parent)
+        else:
+            shared = {name: value for name, value in tags_of(streams[0].experiment).items() if name.startswith("benchmark")}
+            params = {"entries": list(entries), "seeds": seeds, "splits": splits}
+            ledger.parent = tracker.start(folder.name, "comparison", params, tags=shared)
+            tracker.dataset(ledger.parent, benchmark)
+            tracker.data_picture(ledger.parent, benchmark)
+            tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
+            tracker.origin(ledger.parent)
+            ledger.save()
+        todo = [stream for stream in streams if stream.name not in ledger.done]
+        # Streams stand for a search's trials here: one task each, of the mean stream's work.
+        shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "comparison"))
+        progress = Progress(sys.stdout, (0.0, mean_work(todo)), (0,), len(todo), renderers=shown, unit="streams")
+        progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
+        progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
+        progress.line(f"MLflow: {tracker.open_hint}")
+        job = _Job(tracker, ledger, progress, splits, store)
+        progress.shared = job.shared
+        with progress:
+            failed = _run(arguments, streams, todo, job, outputs, seeds, reference, [space.doc for space in spaces])
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -487,21 +484,6 @@ def _numbers(text: str) -> list[int]:
     if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise InputError(f"--seeds {text!r}: distinct numbers that are not negative, at least one")
     return seeds
-
-
-def _folder(parent: Path, name: str | None, default: str, fresh: bool) -> Path:
-    """The comparison's folder: that of a name, which may be there, or a new numbered one."""
-    cli.check_name(name)  # before anything is deleted under it
-    if name is None:
-        found = cli.new_folder(parent, None, default)
-        found.rmdir()  # made anew by the ledger
-        return found
-    if not (parent / name).exists():
-        found = cli.new_folder(parent, name, default)
-        found.rmdir()
-    elif fresh:
-        shutil.rmtree(parent / name)
-    return parent / name
 
 
 if __name__ == "__main__":

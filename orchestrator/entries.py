@@ -26,6 +26,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -50,6 +51,8 @@ MANIFEST = "entry.json"
 LOCK_POLL_SECONDS = 0.2
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a process's own limit on file sizes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")  # of write_atomically
 
 # Folders that were verified, each with its manifest and its files' sizes and times. A network is read many times in the life of
 # a process and is large; what changes its files changes their times.
@@ -351,6 +354,16 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Deletes what processes that were killed within `write_atomically` left in a folder. For its only writer.
+
+    But for the report's, which a process of its own may be writing.
+    """
+    for path in folder.glob(".*"):
+        if _UNFINISHED.fullmatch(path.name) and not path.name.startswith(".report.html."):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from cavs_model.errors import InputError
 from cavs_model.untrusted import FaultError, read_json, shown, typed_fields
-from orchestrator.store import write_atomically
+from orchestrator.entries import clear_unfinished, write_atomically
 
 LEDGER_FILE = "sweep.json"
 LOCK_FILE = "lock"
@@ -79,10 +79,7 @@ class Ledger:
     def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:
         """The ledger of a sweep that was begun, or a new one. InputError where the folder holds another or no sweep."""
         plan = json.loads(json.dumps(plan))  # as it will be read again
-        path = folder / LEDGER_FILE
-        if not path.exists():
-            if any(entry.name not in (LOCK_FILE, "status.json") for entry in folder.iterdir()):
-                raise InputError(f"{folder} is there and holds no {LEDGER_FILE}; choose another --name, or use --fresh")
+        if not is_begun(folder, LEDGER_FILE):
             return Ledger(folder, plan)
         found = Ledger.read(folder)
         refuse_changes(folder.name, found.plan, plan)
@@ -160,9 +157,20 @@ def differences(before: Any, now: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {before!r} -> {now!r}"
 
 
+def is_begun(folder: Path, file: str) -> bool:
+    """Whether a folder that is held has its ledger. InputError where it holds something else instead."""
+    if (folder / file).exists():
+        return True
+    if any(entry.name not in (LOCK_FILE, "status.json") for entry in folder.iterdir()):
+        raise InputError(f"{folder} is there and holds no {file}; choose another --name, or use --fresh")
+    return False
+
+
 @contextmanager
 def held(folder: Path, fresh: bool) -> Iterator[None]:
-    """Holds a sweep's folder for this process, emptied first where it is to start anew.
+    """Holds the folder of a sweep or comparison for this process, emptied first where it is to start anew.
+
+    What a killed process left half-written in it goes.
 
     InputError where another process on this machine has it. The kernel lets go of it when the process dies.
     """
@@ -178,6 +186,7 @@ def held(folder: Path, fresh: bool) -> Iterator[None]:
                     shutil.rmtree(entry)
                 elif entry.name != LOCK_FILE:
                     entry.unlink()
+        clear_unfinished(folder)
         yield
     finally:
         os.close(descriptor)

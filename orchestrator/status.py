@@ -23,7 +23,7 @@ from cavs_model.errors import InputError
 from cavs_model.untrusted import FaultError, read_json
 from orchestrator import cli
 from orchestrator.dry_run import debug_name
-from orchestrator.entries import write_atomically
+from orchestrator.entries import clear_unfinished, write_atomically
 from orchestrator.progress import View, clock
 from orchestrator.redaction import redacted
 
@@ -206,6 +206,7 @@ def run_status(outputs: Path, name: str) -> StatusFile:
         while (folder / STATUS_FILE).is_file() and read(folder / STATUS_FILE).alive():
             number += 1
             folder = folder.with_name(f"{plain}-{number}")
+    clear_unfinished(folder)
     return StatusFile(folder, "run")
 
 

@@ -91,7 +91,7 @@ def run(outputs: Path, calm: Path, kills: int, seed: int, arguments: Sequence[st
     assert kept(before, made(outputs))
     assert ending(outputs) == ending(calm)
     assert sorted(made(outputs)) == sorted(made(calm))
-    assert not left_behind(outputs)
+    assert not (left := left_behind(outputs)), left
     return {"undisturbed_seconds": round(whole), "killed_after": moments, "outcomes_there": there,
             "outcomes": len(made(calm)), "equal": True}  # fmt: skip
 

@@ -16,7 +16,9 @@ from cavs_model.errors import InputError
 from orchestrator import cli, compare
 from orchestrator.cli import load_space
 from orchestrator.compare import entries_of, mean_work, streams_of
+from orchestrator.comparison import PLAN_FILE
 from orchestrator.experiment import file_name
+from orchestrator.ledger import held
 from orchestrator.progress import planned_work
 
 pytestmark = pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning", "ignore::ResourceWarning")
@@ -125,6 +127,12 @@ def test_what_was_cut_off_goes_on_in_the_same_runs(
         return values_of(*given)
 
     values_of = compare.values_of
+    folder = tmp_path / "comparisons" / "cut"
+    folder.mkdir(parents=True)
+    (folder / f".{PLAN_FILE}.0123abcd").touch()  # killed once before its first ledger was whole
+    with held(folder, fresh=False):
+        assert run(monkeypatch, tmp_path, *arguments) == 2
+        assert "is running in another process" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setattr(compare, "values_of", interrupted)
         assert run(patch, tmp_path, *arguments) == 130

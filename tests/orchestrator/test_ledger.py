@@ -11,7 +11,7 @@ import pytest
 
 from cavs_model.errors import InputError
 from orchestrator.experiment import Objective
-from orchestrator.ledger import LEDGER_FILE, Ledger, Trial, held
+from orchestrator.ledger import LEDGER_FILE, LOCK_FILE, Ledger, Trial, held, is_begun
 from orchestrator.progress import Progress
 from orchestrator.sweep import TrialLog, best_of, pareto_front
 from search_spaces.tones import BASE
@@ -64,6 +64,19 @@ def test_one_process_at_a_time_and_fresh_forgets(tmp_path: Path) -> None:
     with held(tmp_path, fresh=True):
         assert Ledger.open(tmp_path, {"another": "plan"}).parent == ""
         assert not (tmp_path / "tune").exists()
+
+
+def test_what_a_kill_left_half_written_goes_and_hinders_nothing(tmp_path: Path) -> None:
+    for name in ("status.json", LEDGER_FILE):  # SIGKILL before a sweep's first ledger was whole
+        (tmp_path / f".{name}.0123abcd").touch()
+    with held(tmp_path, fresh=False):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+        assert not is_begun(tmp_path, LEDGER_FILE)
+    others = [tmp_path / name for name in (".report.html.0123abcd", ".gitignore")]
+    for path in others:
+        path.touch()
+    with held(tmp_path, fresh=False):
+        assert all(path.exists() for path in others)
 
 
 class Recorder:

@@ -162,5 +162,7 @@ def test_runs_of_one_name_at_once_do_not_share_a_file(tmp_path):
     progress.heartbeat()
     assert run_status(tmp_path, "CMR: 16-8 / seed 0").folder.name == "CMR-16-8-seed-0-2"
     progress.__exit__(None, None, None)
+    (first.folder / f".{STATUS_FILE}.0123abcd").touch()  # left by a kill
     assert run_status(tmp_path, "CMR: 16-8 / seed 0").folder == first.folder
+    assert [path.name for path in first.folder.iterdir()] == [STATUS_FILE]
     assert run_status(tmp_path, "../..").folder == tmp_path / "runs" / "run"
