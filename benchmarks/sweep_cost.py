@@ -3,12 +3,13 @@
 The simulation runs the real protocol, store and (with --mlflow) tracker over a backend that works not at all and adds up what
 its work would have cost, from `Prices`: trials of the default search on 16-8 through one store against each trial alone. Its
 times are the orchestration's, on one thread of this process. `--real` trains the tones streams of as many trials on this
-machine, through a store, and reads from it what was computed and what was reused.
+machine, through a store, and reads from it what was computed and what was reused. `--sweep` looks at one that was run.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import tempfile
 import time
@@ -27,6 +28,7 @@ from cavs_model.evaluate import ConsolidateJob, EvaluateJob, ScoreJob
 from cavs_model.methods.cmr import CMR
 from cavs_model.train import TaskJob
 from cavs_model.types import BACKGROUND, LabelRule, Memory, Row, Sample, ScoreTable, Task
+from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.store import StoredBackend
@@ -153,6 +155,24 @@ def real(report: Report, count: int) -> None:
     )  # fmt: skip
 
 
+def busy(report: Report, folder: Path, cores: int) -> None:
+    """How much of the cores' time between its first outcome's beginning and its last one's end a finished sweep's work took."""
+    entries = Entries(folder.absolute().parents[1] / "store")
+    used = entries.users()[f"sweep/{folder.name}"]
+    bodies = [body for kind, key in sorted(used) if (body := entries.read(kind, key)) is not None]
+    ends, seconds = [body["made"] for body in bodies], [body["seconds"] for body in bodies]
+    # Outcomes of one worker, but for scores and counts, whose chunks may run side by side: these begin later, if at all.
+    first = min(end - each for end, each in zip(ends, seconds, strict=True))
+    span, work = max(ends) - first, sum(seconds)
+    report.raw["sweep"] = {"outcomes": len(bodies), "span_s": span, "worker_s": work, "cores": cores}
+    report.say(f"The sweep {folder.name!r}, its store to itself, {len(bodies)} outcomes, {cores} cores of one worker each:")
+    report.say()
+    report.table(
+        ["worker-seconds", "from the first task's beginning to the last one's end, s", "share of the cores"],
+        [(f"{work:.0f}", f"{span:.0f}", f"{work / span / cores:.3f}")],
+    )
+
+
 def growth(report: Report, count: int, mlflow: bool) -> None:
     """Driver's time per trial without work, its memory and its writes, over blocks of trials."""
     size, rows = max(count // 10, 1), []
@@ -230,8 +250,11 @@ def main() -> None:
     parser.add_argument("--growth", type=int, default=1000, help="trials without work")
     parser.add_argument("--mlflow", action="store_true", help="write the trials without work to a fresh MLflow database, too")
     parser.add_argument("--real", action="store_true", help="train the tones streams of as many trials")
+    parser.add_argument("--sweep", type=Path, metavar="FOLDER", help="how busy a sweep (OUTPUTS/sweeps/NAME) kept this machine")
     options = parser.parse_args()
     report = Report("sweep_cost", "What a sweep costs", options)
+    if options.sweep:
+        busy(report, options.sweep, len(os.sched_getaffinity(0)))
     against_separate(report, options.trials)
     if options.real:
         real(report, 5 if options.short else options.trials)

@@ -33,7 +33,7 @@ from cavs_model.networks.vggish import AUDIO_DIM, feature_name, load_vggish
 from cavs_model.types import BACKGROUND, IGNORE, Batch
 
 BLOCK_CLIPS = 64
-FORMAT_VERSION = 1  # part of the file names: a cache of another format counts as missing
+FORMAT_VERSION = 2  # part of the file names: a cache of another format counts as missing
 
 Job = tuple[str, int]  # split, block
 MapBlocks = Callable[[Callable[[Job], None], Sequence[Job]], Iterable[None]]

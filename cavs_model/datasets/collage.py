@@ -323,8 +323,9 @@ class Collage(Benchmark):
             pixels = np.asarray(
                 _resized(_cutout(self._pack.path(placed.image)), (placed.width_px, placed.height_px), placed.flipped)
             )
-            colour = pixels[..., :3].astype(np.float32) @ _colour_change(placed.brightness, placed.hue_turn)
-            colour = np.clip(colour, 0, 255)
+            # In 64 bits, for the reason that log_mel gives.
+            colour = pixels[..., :3].astype(np.float64) @ _colour_change(placed.brightness, placed.hue_turn)
+            colour = np.clip(colour, 0, 255).astype(np.float32)
             alpha = pixels[..., 3:].astype(np.float32) / 255
             opaque = pixels[..., 3] >= 128
             for t, corner in enumerate(placed.corners):
@@ -570,7 +571,7 @@ def _colour_change(brightness: float, hue_turn: float) -> np.ndarray:
     cosine, sine = np.cos(hue_turn), np.sin(hue_turn) / np.sqrt(3)
     across = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
     turn = cosine * np.eye(3) + (1 - cosine) / 3 + sine * across
-    return (brightness * turn).astype(np.float32)  # type: ignore[no-any-return]
+    return brightness * turn  # type: ignore[no-any-return]
 
 
 def _pairs(corners: np.ndarray) -> tuple[tuple[int, int], ...]:

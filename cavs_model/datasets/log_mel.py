@@ -7,6 +7,9 @@ bins between 125 and 7500 Hz whose triangles are straight on the mel axis, log(m
 Where the sources disagree, and what is done here:
 - AVSBench's code cuts the spectrogram of the whole recording into examples of 0.96 s without a gap, so that example k begins
   0.04 k s before the second of its picture. Here each second is cut for itself and every example begins with its picture's.
+
+All of it in 64 bits: what is kept has 16 or 32, so that the order in which a BLAS sums, which its number of threads changes, is
+rounded away. In 32 bits the same clip had other values on two cores than on one.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ def log_mel_spectrogram(wave: np.ndarray) -> np.ndarray:
     """Waves [... N] at 16 kHz, values in -1..1 -> float32 [... 1 + (N - 400) // 160, 64]. ValueError where N < 400."""
     if wave.shape[-1] < _WINDOW:
         raise ValueError(f"a wave of {wave.shape[-1]} samples is shorter than one window of {_WINDOW}")
-    pieces = np.lib.stride_tricks.sliding_window_view(wave.astype(np.float32, copy=False), _WINDOW, axis=-1)[..., ::_HOP, :]
+    pieces = np.lib.stride_tricks.sliding_window_view(wave.astype(np.float64, copy=False), _WINDOW, axis=-1)[..., ::_HOP, :]
     magnitude = np.abs(np.fft.rfft(pieces * _hann(), _FFT))
-    return np.log(magnitude @ mel_matrix() + np.float32(_LOG_OFFSET))  # type: ignore[no-any-return]
+    return np.log(magnitude @ mel_matrix() + _LOG_OFFSET).astype(np.float32)  # type: ignore[no-any-return]
 
 
 def log_mel(seconds: np.ndarray) -> np.ndarray:
@@ -45,20 +48,20 @@ def log_mel(seconds: np.ndarray) -> np.ndarray:
 
 @cache
 def mel_matrix() -> np.ndarray:
-    """The triangles, float32 [257 64]: how much each FFT bin adds to each mel bin. Read-only."""
+    """The triangles, float64 [257 64]: how much each FFT bin adds to each mel bin. Read-only."""
     bin_mel = _mel(np.linspace(0.0, SAMPLE_RATE_HZ / 2, _FFT // 2 + 1))
     edges = np.linspace(_mel(np.array(_LOW_HZ)), _mel(np.array(_HIGH_HZ)), NUM_BINS + 2)
     lower, centre, upper = edges[:-2], edges[1:-1], edges[2:]
     rising = (bin_mel[:, None] - lower) / (centre - lower)
     falling = (upper - bin_mel[:, None]) / (upper - centre)
-    matrix: np.ndarray = np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
+    matrix: np.ndarray = np.maximum(0.0, np.minimum(rising, falling))
     matrix.setflags(write=False)
     return matrix
 
 
 @cache
 def _hann() -> np.ndarray:
-    window: np.ndarray = (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)).astype(np.float32)
+    window: np.ndarray = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(_WINDOW) / _WINDOW)
     window.setflags(write=False)
     return window
 

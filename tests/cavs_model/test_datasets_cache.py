@@ -196,7 +196,7 @@ def test_vectors_of_sound_with_a_flipped_bit_are_found_by_the_next_build(tmp_pat
 def test_writers_of_the_same_block_do_not_disturb_each_other(tmp_path):
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: write_block(TONES, "train", 0, tmp_path), range(8)))
-    assert [path.name for path in block_files(tmp_path)] == ["clips-v1-00000.npy"]
+    assert [path.name for path in block_files(tmp_path)] == [f"clips-v{cache.FORMAT_VERSION}-00000.npy"]
     assert missing_blocks(TONES, "train", tmp_path) == [1, 2]
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torchaudio
+from threadpoolctl import threadpool_limits
 
 from cavs_model.datasets.log_mel import log_mel, log_mel_spectrogram, mel_matrix
 
@@ -65,6 +66,17 @@ def test_leading_axes_and_silence():
     np.testing.assert_array_equal(log_mel(waves)[1, 2], log_mel(waves[1, 2]))
     np.testing.assert_allclose(log_mel(np.zeros(16000)), math.log(0.01), rtol=1e-6)
     assert log_mel_spectrogram(np.zeros(400 + 160 * 4)).shape == (5, 64)
+
+
+def test_a_second_has_the_same_bits_whatever_the_threads_and_whatever_is_beside_it():
+    # In 32 bits the product with the triangles has others with two threads of BLAS than with one.
+    waves = 0.1 * np.random.default_rng(0).standard_normal((64, 16000))
+    with threadpool_limits(1, "blas"):
+        expected = log_mel(waves)
+    for threads in (2, 3):
+        with threadpool_limits(threads, "blas"):
+            np.testing.assert_array_equal(log_mel(waves), expected)
+            np.testing.assert_array_equal(np.stack([log_mel(wave) for wave in waves]), expected)
 
 
 def test_wrong_lengths_are_refused():
