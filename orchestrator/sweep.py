@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -318,7 +319,7 @@ class _Sweep:
             raise
         best = best_of(ledger.trials, objective)
         self.tracker.end(ledger.parent, "FINISHED" if best is not None else "FAILED")
-        self.progress.line("done")
+        self.progress.line(f"done; search, store and MLflow: {time.process_time():.0f} s of this process")
         return failed
 
     def _begin(self) -> None:
