@@ -4,7 +4,8 @@
 
 An interim is noted after every epoch. `--retreat` makes the clock of the day jump back and forth by days at every look.
 `--reach-for` takes memory in the third epoch of the last task, where nothing but the task in flight can be lost. With
-`--workers` it runs on the Ray cluster at RAY_ADDRESS instead of in this process. `--plain` is fine-tuning: a network per task.
+`--workers` it runs on the Ray cluster at RAY_ADDRESS instead of in this process. `--plain` is fine-tuning, a network per task,
+at a rate at which last bits do not grow: with the space's one worker and two differ by 0.1 in the end, with this by 0.0005.
 `--cached` keeps the clips on disk, as data sets do that are not drawn within milliseconds.
 """
 
@@ -81,7 +82,7 @@ def go(
             on_damage=lambda text: tell(kind="damage", text=text),
         )
 
-    method = {"method": "finetune"} if plain else {}
+    method = {"method": "finetune", "schedule.learning_rate": 1e-3} if plain else {}
     experiment = override(BASE, {"schedule.base_epochs": epochs, "schedule.epochs": epochs, **method})
     if cached:
         experiment = dataclasses.replace(experiment, benchmark=CachedTones())

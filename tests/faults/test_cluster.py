@@ -94,7 +94,7 @@ def test_an_interrupt_ends_a_verb_cleanly(
     assert "Traceback" not in process.output
     assert "***" not in process.output  # Ray's own handlers
     assert not process.outlived_by()
-    assert not [each for each in left_behind(tmp_path) if "/partial/" not in each and "/scratch/" not in each]
+    assert not (left := left_behind(tmp_path, interrupted=True)), left
     assert {run.info.status for kind in ("sweep", "comparison", "trial", "stream") for run in runs(tmp_path, kind)} == {
         "KILLED"
     }
@@ -218,7 +218,7 @@ def stop_a_job(nodes: Nodes, tmp_path: Path) -> None:
     assert job.status == JobStatus.STOPPED
     job.until(lambda: "interrupted; what was computed is kept" in job.logs)
     assert {run.info.status for kind in ("sweep", "trial", "stream") for run in runs(tmp_path, kind)} == {"KILLED"}
-    assert not [each for each in left_behind(tmp_path) if "/partial/" not in each and "/scratch/" not in each]
+    assert not (left := left_behind(tmp_path, interrupted=True)), left
     before = made(tmp_path)
     with running(sweep(tmp_path), nodes.joined) as process:  # placement groups that were left would starve it
         assert process.end() == 0, process.output
@@ -291,7 +291,7 @@ def test_a_node_is_lost(
     assert any("goes on with 1 of 2 workers" in text for text in notes)
     assert any("goes on after epoch" in text for text in notes)
     for ours, theirs in zip(result["metrics"], reference["metrics"], strict=True):
-        assert ours == pytest.approx(theirs, abs=0.02)  # sums over two workers are rounded in another order
+        assert ours == pytest.approx(theirs, abs=0.005)  # sums over two workers are rounded in another order
     trained = epochs_of(process)
     again = sum(len(epochs) - len(set(epochs)) for epochs in trained.values())
     assert again <= len(trained)
