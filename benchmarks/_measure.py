@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -133,7 +132,8 @@ def _peak(pipe: Any, run: Callable[..., Any], args: Sequence[Any]) -> None:
         first[0] = resident()
 
     run(*args, mark)
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - first[0])
+    # Not ru_maxrss, which a process has from its parent.
+    pipe.send(resident("VmHWM") - first[0])
     pipe.close()
 
 
