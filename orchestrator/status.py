@@ -149,7 +149,7 @@ def status() -> int:
     outputs = cli.outputs_folder(arguments.outputs)
     if arguments.name is not None and arguments.debug:
         path = Path(arguments.name)
-        arguments.name = str(path.with_name(debug_name(path.name)))
+        arguments.name = str(path.parent / debug_name(path.name))
     listed = arguments.name is None
     asked = everything(outputs) if listed else [find(arguments.name, outputs)]
     if arguments.debug:
