@@ -18,8 +18,6 @@ from typing import Any
 import psutil
 from fault_stream import EPOCHS, go
 
-from orchestrator.entries import KINDS
-
 ROOT = Path(__file__).parents[2]
 STREAM = Path(__file__).parent / "fault_stream.py"
 EVENT_SECONDS = 500.0  # on a machine that others use too
@@ -154,19 +152,11 @@ def epochs_of(*streams: Process | Here) -> dict[str, list[int]]:
     return found
 
 
-def left_behind(outputs: Path, interrupted: bool = False) -> list[str]:
-    """Unfinished files, things to resume, locks that are held and scratch under a folder of results.
-
-    Of what was `interrupted` without what the same command goes on from or clears away: partial networks, scratch, and outcomes
-    that were being written.
-    """
+def left_behind(outputs: Path) -> list[str]:
+    """Unfinished files, things to resume, locks that are held and scratch under a folder of results."""
     store = outputs / "store"
     found = [str(path) for path in outputs.rglob(".*") if path.name != ".mlflow.db.lock" and "tune" not in path.parts]
-    folders = [folder for folder in (store / "partial", outputs / "scratch") if folder.exists()]
-    found += [str(path) for folder in folders for path in folder.iterdir()]
-    if interrupted:
-        going_on = (*folders, *(store / kind for kind in KINDS))
-        found = [path for path in found if not any(Path(path).is_relative_to(folder) for folder in going_on)]
+    found += [str(path) for folder in (store / "partial", outputs / "scratch") if folder.exists() for path in folder.iterdir()]
     for path in (store / "locks").glob("*.lock"):
         with open(path) as file:
             try:
