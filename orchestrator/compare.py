@@ -184,7 +184,7 @@ def compare() -> int:
     default = debug_name(spaces[0].name) if arguments.debug else spaces[0].name
     folder = cli.run_folder(outputs / "comparisons", name, default)
     plan = {"splits": splits, "streams": {stream.name: plain(_scientific(stream)) for stream in streams}}
-    with held(folder, arguments.fresh):
+    with held(folder, arguments.fresh), store.tidied():
         ledger = Ledger.open(folder, plan)
         tracker.belongs_to("comparison", folder.name)
         if ledger.parent:

@@ -49,6 +49,7 @@ FILE_KINDS = ("scores", "counts")
 KINDS = (*FOLDER_KINDS, *FILE_KINDS)
 MANIFEST = "entry.json"
 LOCK_POLL_SECONDS = 0.2
+KILLED_SECONDS = 2.0  # for which processes that were told to die may still hold their locks; `ray job stop` gives 3 in all
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a process's own limit on file sizes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -218,9 +219,43 @@ class Entries:
         except OSError:
             return None
 
+    @contextmanager
+    def tidied(self) -> Iterator[None]:
+        """For a verb that writes here: what killed processes left half-written is deleted before the block and after it.
+
+        After an error, also an interrupt, it waits a little for processes of a cluster that ended with the block.
+        """
+        self.clear_half_written()
+        patience = KILLED_SECONDS
+        try:
+            yield
+            patience = 0.0
+        finally:
+            self.clear_half_written(patience)
+
+    def clear_half_written(self, patience_seconds: float = 0.0) -> None:
+        """Deletes what killed processes left half-written in this folder, and leaves alone what somebody is writing now.
+
+        Those who write are waited for as long as `patience_seconds`: they may be dying.
+        """
+        deadline = time.monotonic() + patience_seconds
+        while half_written := self._half_written():
+            for path, key in half_written:
+                # Nothing is lost where it stays: this may be a store that one may only read, or a full disk.
+                with suppress(InputError, OSError), self.locked_here_now(key) as held:
+                    if held:
+                        remove(path)
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(LOCK_POLL_SECONDS)
+
+    def _half_written(self) -> list[tuple[Path, str]]:
+        """Paths and the keys whose locks their writers hold."""
+        return [(path, path.name[1:].split(".")[0]) for kind in KINDS for path in (self.root / kind).glob(".*")]
+
     def leftovers(self) -> list[tuple[str, str]]:
         """What belongs to no entry, by name and the key whose lock guards it: unfinished, to be resumed, damaged."""
-        found = [(path, path.name[1:].split(".")[0]) for kind in KINDS for path in (self.root / kind).glob(".*")]
+        found = self._half_written()
         found += [(path, path.name) for path in (self.root / "partial").glob("*")]
         found += [(path, path.name.split("-")[1]) for path in (self.root / "damaged").glob("*-*-*")]
         found += [(path, path.name.split(".")[1]) for path in (self.root / "fetched").glob("*.*.*")]

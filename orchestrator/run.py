@@ -52,7 +52,7 @@ def run() -> int:
     shown = (renderer(sys.stdout, name, arguments.plain), run_status(outputs, name))
     progress = Progress(sys.stdout, planned_work(experiment), experiment.seeds, trials=1, renderers=shown)
     progress.where = (f"MLflow: {tracker.open_hint}",)
-    with progress:
+    with entries.tidied(), progress:
         _run(arguments, experiment, splits, outputs, entries, tracker, progress, name)
     print(f"MLflow: {tracker.open_hint}", flush=True)
     return 0

@@ -225,7 +225,7 @@ def sweep() -> int:
     tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
     folder = cli.run_folder(outputs / "sweeps", name, debug_name(space.name) if arguments.debug else space.name)
     tracker.belongs_to("sweep", folder.name)
-    with held(folder, arguments.fresh):
+    with held(folder, arguments.fresh), entries.tidied():
         ledger = Ledger.open(folder, plan_of(space, wanted))
         shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "sweep"))
         mode = space.objectives[0].mode

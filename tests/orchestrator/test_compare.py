@@ -123,12 +123,14 @@ def test_what_was_cut_off_goes_on_in_the_same_runs(
     def interrupted(*given: object) -> dict[str, float]:
         seen.append(given)
         if len(seen) == 2:
+            half_written.touch()  # as by a process of its cluster that ends with it
             raise KeyboardInterrupt
         return values_of(*given)
 
     values_of = compare.values_of
     folder = tmp_path / "comparisons" / "cut"
     folder.mkdir(parents=True)
+    half_written = tmp_path / "store" / "scores" / ".abc.json.0123abcd"
     (folder / f".{PLAN_FILE}.0123abcd").touch()  # killed once before its first ledger was whole
     with held(folder, fresh=False):
         assert run(monkeypatch, tmp_path, *arguments) == 2
@@ -136,6 +138,7 @@ def test_what_was_cut_off_goes_on_in_the_same_runs(
     with monkeypatch.context() as patch:
         patch.setattr(compare, "values_of", interrupted)
         assert run(patch, tmp_path, *arguments) == 130
+    assert not half_written.exists()
     before = {each.info.run_id: each.info.status for each in runs(tmp_path, "stream")}
     assert sorted(before.values()) == ["FINISHED", "KILLED"]
     capsys.readouterr()

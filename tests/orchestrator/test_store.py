@@ -11,6 +11,7 @@ import resource
 import signal
 import threading
 import time
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -412,6 +413,70 @@ def test_processes_share_the_work_and_a_killed_one_gives_its_lock_back(tmp_path,
         child.kill()
         child.join()
         child.close()
+
+
+def half_written(folder, key=None):
+    """What processes that were killed while they wrote leave of a network and of a file of counts."""
+    key = key or train_key(JOB)
+    network = folder / "networks" / f".{key}.0123abcd"
+    network.mkdir(parents=True)
+    (network / checkpoint.WEIGHTS).write_bytes(b"half")
+    counts = folder / "counts" / f".{key}.json.0123abcd"
+    counts.write_bytes(b"half")
+    return network, counts
+
+
+@pytest.mark.parametrize("error", [None, InputError("no"), KeyboardInterrupt()])
+def test_a_verb_clears_what_killed_processes_left_before_and_after_it(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(entries, "KILLED_SECONDS", 0.0)
+    found = entries.Entries(tmp_path)
+    found.make()
+    [whole] = StoredBackend(FakeBackend(), tmp_path).train([JOB])
+    to_go_on_from = tmp_path / "partial" / "abc"
+    to_go_on_from.mkdir()
+    before = half_written(tmp_path, "abc")
+    with pytest.raises(type(error)) if error else nullcontext(), found.tidied():
+        assert not any(path.exists() for path in before)
+        after = half_written(tmp_path, "def")
+        if error:
+            raise error
+    assert not any(path.exists() for path in after)
+    assert to_go_on_from.exists()
+    assert StoredBackend(FakeBackend(), tmp_path).train([JOB]) == [whole]
+
+
+def test_what_somebody_writes_is_left_alone_unless_he_dies_soon(tmp_path, monkeypatch):
+    monkeypatch.setattr(entries, "LOCK_POLL_SECONDS", 0.01)
+    child = multiprocessing.get_context("spawn").Process(target=_evaluate_then_train, args=(tmp_path,))
+    child.start()
+    try:
+        (tmp_path / "go").touch()
+        log = tmp_path / "log"
+        _until(lambda: log.exists() and log.read_text() == "began\nbegan\n")
+        found = entries.Entries(tmp_path / "store")
+        [written] = (tmp_path / "store" / "networks").iterdir()
+        found.clear_half_written(0.1)
+        assert written.exists()
+        killing = threading.Timer(0.3, child.kill)
+        killing.start()
+        found.clear_half_written(60.0)
+        assert not written.exists()
+        killing.join()
+    finally:
+        child.kill()
+        child.join()
+        child.close()
+
+
+def test_half_written_files_of_a_store_that_cannot_be_written_end_no_verb(tmp_path, monkeypatch):
+    found = entries.Entries(tmp_path)
+    found.make()
+    left = half_written(tmp_path)
+    monkeypatch.setattr(os, "open", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EACCES, "Permission denied")))
+    with found.tidied():
+        pass
+    monkeypatch.undo()
+    assert all(path.exists() for path in left)
 
 
 def test_a_lock_is_free_after_success_and_failure(tmp_path):
