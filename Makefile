@@ -42,6 +42,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.input --short $(ARGS)
 	$(BIN)/python -m benchmarks.ray_overhead --short $(ARGS)
 	$(BIN)/python -m benchmarks.sweep_cost --short $(ARGS)
+	$(BIN)/python -m benchmarks.quality --short $(ARGS)
 	$(BIN)/python -m benchmarks.scaling_model
 
 ui: $(INSTALLED)

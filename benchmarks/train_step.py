@@ -134,21 +134,33 @@ class Plain(Ours):
         super().__init__(case, "fp32", padded)
 
     def terms(self) -> dict[str, Tensor]:
-        logits, maps = plain_forward(self.student, self.batch)
+        said = plain_forward(self.student, self.batch)
         with torch.no_grad():
-            old_logits, old_maps = plain_forward(self.old, self.batch)
-        real = self.batch.real_frame.flatten()
-        label, share = plain_pseudo_labels(self.batch, old_logits, self.thresholds)
-        per_pixel = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
-        count = (label != IGNORE).sum()
-        terms = {"cross_entropy": (per_pixel.mean((1, 2)) * share).sum() * per_pixel[0].numel() / count}
-        pods = [plain_pod(new[real], old[real]) for new, old in zip(maps, old_maps, strict=True)]
-        num_old = self.task.num_old
-        background = (logits[:, :1] + logits[:, num_old:].sum(1, keepdim=True))[real]
-        folded = torch.cat([background, logits[real, 1:num_old]], 1)
-        terms["pod_features"] = METHOD.base.pod_weight * torch.stack(pods).sum() / 6  # type: ignore[attr-defined]
-        terms["pod_logits"] = METHOD.base.pod_logits_weight * plain_pod(folded, old_logits[real]) / 6  # type: ignore[attr-defined]
-        return terms
+            old = plain_forward(self.old, self.batch)
+        return plain_terms(said, old, self.batch, self.task, self.thresholds, METHOD.base)  # type: ignore[arg-type]
+
+
+def plain_terms(
+    said: tuple[Tensor, list[Tensor]],
+    old: tuple[Tensor, list[Tensor]],
+    batch: Batch,
+    task: Task,
+    thresholds: Tensor,
+    base: PLOP,
+) -> dict[str, Tensor]:
+    """The terms of PLOP's loss, of what `plain_forward` gives of student and teacher, as means over this batch."""
+    (logits, maps), (old_logits, old_maps) = said, old
+    real = batch.real_frame.flatten()
+    label, share = plain_pseudo_labels(batch, old_logits, thresholds)
+    per_pixel = F.cross_entropy(logits, label, ignore_index=IGNORE, reduction="none")
+    count = (label != IGNORE).sum()
+    terms = {"cross_entropy": (per_pixel.mean((1, 2)) * share).sum() * per_pixel[0].numel() / count}
+    pods = [plain_pod(new[real], old[real]) for new, old in zip(maps, old_maps, strict=True)]
+    background = (logits[:, :1] + logits[:, task.num_old :].sum(1, keepdim=True))[real]
+    folded = torch.cat([background, logits[real, 1 : task.num_old]], 1)
+    terms["pod_features"] = base.pod_weight * torch.stack(pods).sum() / (len(maps) + 1)
+    terms["pod_logits"] = base.pod_logits_weight * plain_pod(folded, old_logits[real]) / (len(maps) + 1)
+    return terms
 
 
 def plain_forward(model: AVSegmenter, batch: Batch) -> tuple[Tensor, list[Tensor]]:
@@ -156,8 +168,7 @@ def plain_forward(model: AVSegmenter, batch: Batch) -> tuple[Tensor, list[Tensor
     image = batch.image.flatten(0, 1).float()
     encoder = model.visual_encoder
     maps = encoder.features((image - encoder.mean) / encoder.std)
-    assert model.audio_encoder is not None
-    audio = model.audio_encoder(batch.audio.flatten(0, 1))
+    audio = None if model.audio_encoder is None else model.audio_encoder(batch.audio.flatten(0, 1))
     frames = batch.real_frame.shape[1]
     clip = PLAIN_CLIP if frames % PLAIN_CLIP == 0 else frames
     fused = []
@@ -171,13 +182,15 @@ def plain_forward(model: AVSegmenter, batch: Batch) -> tuple[Tensor, list[Tensor
     return F.conv2d(head, model.classifier.conv.weight, model.classifier.conv.bias), [*fused, path]
 
 
-def plain_tpavi(block: TPAVI, visual: Tensor, audio: Tensor, clip: int) -> Tensor:
-    """Attention with the N x N matrix of every clip."""
+def plain_tpavi(block: TPAVI, visual: Tensor, audio: Tensor | None, clip: int) -> Tensor:
+    """Attention with the N x N matrix of every clip; the visual-only network's, without audio, is on the picture itself."""
     n, width, height, wide = visual.shape
     x = visual.view(n // clip, clip, width, height, wide).transpose(1, 2).contiguous()  # [B D T h w]
-    assert block.align is not None
-    sound = block.align(audio).view(n // clip, clip, width).transpose(1, 2)
-    sound = sound[..., None, None].expand_as(x).contiguous()
+    sound = x
+    if audio is not None:
+        assert block.align is not None
+        sound = block.align(audio).view(n // clip, clip, width).transpose(1, 2)
+        sound = sound[..., None, None].expand_as(x).contiguous()
 
     def pointwise(layer: torch.nn.Linear, value: Tensor) -> Tensor:
         return F.conv3d(value, layer.weight[:, :, None, None, None], layer.bias)
