@@ -1,9 +1,10 @@
 """Does what makes a step fast change the result? Streams of CMR on Collage by three forms of one arithmetic, over seeds.
 
 "plain" is the plain reading of benchmarks.train_step in fp32: N x N attention, one pass for every softmax and every window of
-POD, both networks' maps in full. "fp32" and "bf16" are cavs_model's own, exact steps regrouped and bf16 autocast. The stream is
-the default search's, evaluated on validation. What plain and fp32 differ by is the last bits of sums, so their difference says
-how far training carries such bits; the deviation over seeds says what any difference must be held against.
+POD, both networks' maps in full. "fp32" and "bf16" are cavs_model's own: exact steps regrouped, and bf16 autocast. The stream
+is the default search's with fewer scenes and epochs, evaluated on validation. What plain and fp32 differ by is the last bits of
+sums, so their difference says how far training carries such bits; the deviation over seeds says what any difference must be
+held against.
 """
 
 from __future__ import annotations
@@ -61,10 +62,8 @@ def plain_prediction(model: AVSegmenter, batch: Batch) -> Prediction:
 
 def experiment(form: str, short: bool) -> Experiment:
     """The stream in one of the forms; `short` with few clips and epochs."""
-    made = BASE
-    if short:
-        made = replace(made, benchmark=Collage(frames=1, train_clips=48, val_clips=48),
-                       schedule=Schedule(base_epochs=1, epochs=1, batch_size=16))  # fmt: skip
+    clips, schedule = (48, Schedule(1, 1)) if short else (600, Schedule(3, 8, 8, 1e-3, "cosine"))
+    made = replace(BASE, benchmark=Collage(frames=1, train_clips=clips, val_clips=240), schedule=schedule)
     assert isinstance(made.method, CMR)
     assert isinstance(made.method.base, PLOP)
     if form == "plain":
@@ -92,9 +91,13 @@ def main() -> None:
     options = parser.parse_args()
     seeds = range(2 if options.short else options.seeds)
     report = Report("quality", "Does what makes a step fast change the result?", options)
-    report.say(f"The stream of search_spaces/cmr_collage.py{', shortened' if options.short else ''}, seeds 0 to {seeds[-1]}.\n")
+    this = experiment("fp32", options.short)
+    clips, schedule = len(this.benchmark.samples("train")), this.schedule
+    report.say(
+        f"CMR on Collage {this.scenario.setting}, {clips} scenes, {schedule.base_epochs} and {schedule.epochs} epochs, "
+        f"batches of {schedule.batch_size}; else as search_spaces/cmr_collage.py; seeds 0 to {seeds[-1]}.\n"
+    )
     with tempfile.TemporaryDirectory() as root:
-        this = experiment("fp32", options.short)
         check_weights(this.network)
         LocalBackend(Path(root) / "data").prepare(this.benchmark, ("train", "val"))
         with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
