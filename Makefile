@@ -46,6 +46,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.scaling_model
 
 ui: $(INSTALLED)
+	@echo "The table with the columns that matter: http://127.0.0.1:5000/#/experiments/1/runs?viewStateShareKey=cavs"
 	$(BIN)/mlflow server --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(abspath $(OUTPUTS))/mlflow.db
 
 contact-sheet: $(INSTALLED)
