@@ -61,6 +61,8 @@ _STYLE: Any = {  # matplotlib's type for its settings is a list of all their nam
 }
 _MAP = "viridis"
 _LONGEST_NAME = 30
+MOST_NAMED = 40  # trials that are told apart by name; more of them are drawn over their numbers
+_LANE_IN, _LANES_IN = 0.26, 6.0  # height of a timeline's lane, and of all of them at most
 _lock = threading.RLock()  # matplotlib's settings belong to the process: held while they are ours
 
 P = ParamSpec("P")
@@ -100,8 +102,11 @@ def svg(figure: Figure, name: str) -> str:
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     ids = set(re.findall(r'\bid="([^"]+)"', text))
-    for each in sorted(ids, key=len, reverse=True):  # an id must be the page's only one
-        text = re.sub(rf'(id="|url\(#|href="#){re.escape(each)}(?=["\)])', rf"\g<1>{salt}-{each}", text)
+    text = re.sub(  # an id must be the page's only one; one pass for all of them, for there may be thousands
+        r'(\bid="|url\(#|href="#)([^")]+)(?=["\)])',
+        lambda found: f"{found[1]}{salt}-{found[2]}" if found[2] in ids else found[0],
+        text,
+    )
     return text.replace(_INK, "currentColor").replace(_LINE, "var(--line)").strip()
 
 
@@ -315,8 +320,10 @@ def knob_slice(knob: str, places: Sequence[Any], values: Sequence[float], best: 
 
 
 @_styled
-def parallel(knobs: Mapping[str, Sequence[Any]], values: Sequence[float], best: int, label: str) -> Figure:
+def parallel(knobs: Mapping[str, Sequence[Any]], values: Sequence[float], best: int, best_is: str, label: str) -> Figure:
     """A line per trial through its knobs and its objective; the better, the brighter, the best in vermillion."""
+    from matplotlib.collections import LineCollection
+
     figure, axes = _figure(2.6)
     axes.grid(axis="y", visible=False)
     columns = [(knob_name(name), *_numbered(places)) for name, places in knobs.items()] + [(label, list(values), [])]
@@ -325,10 +332,12 @@ def parallel(knobs: Mapping[str, Sequence[Any]], values: Sequence[float], best: 
         low, high = min(numbers), max(numbers)
         scaled.append([(number - low) / (high - low) if high > low else 0.5 for number in numbers])
         ends.append((name, names[0] if names else f"{low:.3g}", names[-1] if names else f"{high:.3g}"))
-    for trial in sorted(range(len(values)), key=lambda trial: scaled[-1][trial]):
-        shade = in_colours(0.05 + 0.85 * scaled[-1][trial], _MAP)
-        line = {"color": COLOURS[1], "linewidth": 2.2} if trial == best else {"color": shade, "linewidth": 1.0}
-        axes.plot(range(len(columns)), [column[trial] for column in scaled], zorder=3 if trial == best else 2, **line)
+    table = np.array(scaled)  # [columns trials]
+    worth = table[-1] if best_is == "max" else 1 - table[-1]
+    order = np.argsort(worth, kind="stable")  # the better above the worse
+    lines = [list(enumerate(table[:, trial])) for trial in order]
+    axes.add_collection(LineCollection(lines, colors=in_colours(0.05 + 0.85 * worth[order], _MAP), linewidths=1.0))
+    axes.plot(range(len(columns)), table[:, best], color=COLOURS[1], linewidth=2.2, zorder=3)
     for place, (_, low_name, high_name) in enumerate(ends):
         axes.axvline(place, color=_LINE, linewidth=0.8)
         axes.text(place, -0.05, _short(low_name, 12), ha="center", va="top", fontsize=7)
@@ -355,7 +364,8 @@ def scatter(
         if chosen:
             axes.plot([x[place] for place in chosen], [y[place] for place in chosen], marker, color=colour, label=name)
     axes.xaxis.set_major_locator(_ticks(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # bytes are millions
+    if max(x, default=0.0) >= 1000:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # bytes are millions; a share of 0.2 would be "200m"
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     figure.legend(loc="outside lower center", ncols=2)
@@ -368,33 +378,48 @@ def timeline(jobs: Sequence[tuple[float, float, str, str]]) -> Figure:
 
     The lanes are drawn from the times alone: as many as jobs ran at once at most. Long pauses are cut short, at dashed lines.
     """
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
     ends: list[float] = []
     placed = []
     shifted, cuts = _without_pauses(sorted(jobs))
     for start, end, kind, name in shifted:
         lane = next((number for number, busy in enumerate(ends) if busy <= start + 1e-6), len(ends))
         ends[lane:] = [end, *ends[lane + 1 :]]
-        placed.append((lane, start, end, kind, name))
+        placed.append((lane + 1, start, end, kind, name))
     longest = max(ends, default=1.0)
     unit, scale = ("min", 60.0) if longest > 300 else ("s", 1.0)
-    figure, axes = _figure(1.3 + 0.26 * len(ends))
-    kinds = sorted({kind for _, _, _, kind, _ in placed})
-    for lane, start, end, kind, name in placed:
-        width = (end - start) / scale
-        axes.barh(lane, width, left=start / scale, height=0.8, color=COLOURS[kinds.index(kind) % len(COLOURS)],
-                  edgecolor="white", linewidth=0.3)  # fmt: skip
-        if name and (end - start) > 0.055 * longest:
+    lane_in = min(_LANE_IN, _LANES_IN / max(len(ends), 1))
+    figure, axes = _figure(1.3 + lane_in * len(ends))
+    crowded = len(placed) > MOST_NAMED * len(ends)  # white edges would cover bars that are thinner than they
+    for number, kind in enumerate(sorted({kind for *_, kind, _ in placed})):
+        bars = [_bar(lane, start / scale, end / scale) for lane, start, end, each, _ in placed if each == kind]
+        axes.add_patch(PathPatch(  # one for all of a kind: to draw thousands takes many seconds
+            Path.make_compound_path_from_polys(np.array(bars)), facecolor=COLOURS[number % len(COLOURS)], label=kind,
+            edgecolor="none" if crowded else "white", linewidth=0.0 if crowded else 0.3,
+        ))  # fmt: skip
+    for lane, start, end, _, name in placed:
+        if name and (end - start) > 0.055 * longest and lane_in > _LANE_IN / 2:
             axes.text((start + end) / 2 / scale, lane, name, ha="center", va="center", fontsize=6, color="#ffffff")
     for cut in cuts:
         axes.axvline(cut / scale, color=_INK, linewidth=0.8, linestyle="--")
-    for number, kind in enumerate(kinds):
-        axes.barh([0], [0], color=COLOURS[number % len(COLOURS)], label=kind)
-    axes.set_yticks(range(len(ends)), [str(number + 1) for number in range(len(ends))])
-    axes.invert_yaxis()
+    if lane_in == _LANE_IN:
+        axes.set_yticks(range(1, len(ends) + 1), [str(lane + 1) for lane in range(len(ends))])
+    else:
+        axes.yaxis.set_major_locator(_ticks(integer=True))
+    axes.set_xlim(0, 1.02 * longest / scale)
+    axes.set_ylim(len(ends) + 0.6, 0.4)
     axes.set_ylabel("jobs at once")
     axes.set_xlabel(f"{unit} since the start" + (", pauses cut" if cuts else ""))
     figure.legend(loc="outside lower center", ncols=2)
     return figure
+
+
+def _bar(lane: int, start: float, end: float) -> list[tuple[float, float]]:
+    """The corners of a timeline's bar."""
+    low, high = lane - 0.4, lane + 0.4
+    return [(start, low), (end, low), (end, high), (start, high)]
 
 
 def _without_pauses(
@@ -414,15 +439,32 @@ def _without_pauses(
 
 
 @_styled
-def stacked(names: Sequence[str], parts: Mapping[str, Sequence[float]], label: str) -> Figure:
-    """A bar per name of parts that add up, such as seconds computed and seconds reused."""
-    figure, axes = _figure(1.0 + 0.19 * len(names))
-    left = np.zeros(len(names))
-    for number, (part, values) in enumerate(parts.items()):
-        axes.barh(range(len(names)), values, left=left, color=COLOURS[number + 1 if number else 0], height=0.7, label=part)
-        left = left + np.array(values)
-    _names_axis(axes, names)
-    axes.set_xlabel(label)
+def stacked(trials: Sequence[int], parts: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Parts that add up, such as seconds computed and seconds reused, of trials by their numbers.
+
+    A bar per trial; for more than MOST_NAMED of them areas over the numbers, as high as any other figure.
+    """
+    colours = [COLOURS[number + 1 if number else 0] for number in range(len(parts))]
+    if len(trials) <= MOST_NAMED:
+        figure, axes = _figure(1.0 + 0.19 * len(trials))
+        left = np.zeros(len(trials))
+        for colour, (part, values) in zip(colours, parts.items(), strict=True):
+            axes.barh(range(len(trials)), values, left=left, color=colour, height=0.7, label=part)
+            left = left + np.array(values)
+        _names_axis(axes, [f"trial {number}" for number in trials])
+        axes.set_xlabel(label)
+    else:
+        figure, axes = _figure(2.3)
+        edges = np.arange(min(trials), max(trials) + 2) - 0.5
+        below = np.zeros(len(edges) - 1)
+        for colour, (part, values) in zip(colours, parts.items(), strict=True):
+            above = below.copy()
+            above[np.array(trials) - min(trials)] += np.array(values)  # a number that is not there has nothing
+            axes.stairs(above, edges, baseline=below, fill=True, color=colour, label=part)
+            below = above
+        axes.xaxis.set_major_locator(_ticks(integer=True))
+        axes.set_xlabel("trial")
+        axes.set_ylabel(label)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
 

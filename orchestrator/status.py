@@ -175,12 +175,17 @@ def everything(outputs: Path) -> list[Status]:
 
 
 def find(name: str, outputs: Path) -> Status:
-    """The status of a name or folder; of several of this name the one that spoke last. InputError with what there is."""
+    """The status of a name or folder; of several of this name the one that spoke last. InputError with what there is.
+
+    A run's name is found as it was given to it, too.
+    """
     direct = Path(name) / STATUS_FILE
     if direct.is_file():
         return read(direct)
     listed = everything(outputs)
     found = [each for each in listed if name in (each.text["name"], each.path.parent.name)]
+    if not found:
+        found = [each for each in listed if each.text["kind"] == "run" and each.path.parent.name == folder_name(name)]
     if not found:
         known = ", ".join(sorted({str(each.text["name"]) for each in listed})) or "none"
         raise InputError(f"nothing called {name!r} tells its status under {outputs}; there is: {known}")
@@ -198,9 +203,14 @@ def read(path: Path) -> Status:
     return found
 
 
+def folder_name(name: str) -> str:
+    """A run's name, which may be any text, as its folders have it."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+
+
 def run_status(outputs: Path, name: str) -> StatusFile:
-    """The file of a run, whose name may be any text: under the first free name like it that no living run has."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "run"
+    """The file of a run: under the first name like its own that no living run has."""
+    plain = folder_name(name)
     folder, number = outputs / KINDS["run"] / plain, 1
     with suppress(InputError):
         while (folder / STATUS_FILE).is_file() and read(folder / STATUS_FILE).alive():

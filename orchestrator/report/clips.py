@@ -94,7 +94,7 @@ class Gallery:
         return found
 
     def scored(self, task: int, kept: bool) -> list[Clip]:
-        """Training clips that a task's memory kept, or rejected candidates of the largest |delta|, most telling first.
+        """Training clips that a task kept for its classes, or rejected candidates of the largest |delta|, most telling first.
 
         Empty where the task has no scores of both networks.
         """
@@ -110,7 +110,7 @@ class Gallery:
             sample: (columns["delta"][n], columns[AUDIO_VISUAL][n], columns[VISUAL_ONLY][n])
             for n, sample in enumerate(logged.scores["sample_ids"])
         }
-        chosen = {row["sample_id"] for row in logged.memory}
+        chosen = {row["sample_id"] for row in self.stream.kept(task)}
         new = set(now.new_classes)
         candidates = [sample.id for sample in now.train if new & set(sample.classes) and sample.id in scores]
         ranked = sorted(

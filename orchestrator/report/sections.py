@@ -26,7 +26,7 @@ from orchestrator.report import page
 from orchestrator.report.clips import Gallery
 from orchestrator.report.page import Column, Section
 from orchestrator.report.sources import Source, StreamData, without_background
-from orchestrator.search import importance
+from orchestrator.search import WORKER_SECONDS, importance
 from orchestrator.sweep import best_of, pareto_front
 
 MOST_CLOSE = 3  # entries that are looked at closely
@@ -330,7 +330,9 @@ def _of_run(source: Source, split: str) -> tuple[list[str], list[Section]]:
     ]
     lost = [each["stream/forgetting"] for each in last if "stream/forgetting" in each]
     if lost:
-        lead.append(f"The earlier tasks' classes lost {statistics.fmean(lost):+.3f} of their best mean IoU.")
+        change = round(statistics.fmean(lost), 3)
+        than = f"{abs(change):.3f} {'worse' if change > 0 else 'better'} than" if change else "as good as"
+        lead.append(f"At the end the mean IoU of the earlier tasks' classes is {than} at its best before.")
     if len(streams) < 3:
         lead.append(f"With {_many(len(streams), 'seed')}, small differences to other runs mean nothing.")
     lead += _costs_in_words(source, [])
@@ -377,6 +379,7 @@ def _tasks(source: Source, split: str, close: Sequence[str]) -> Section:
         by_entry = {entry: source.of(entry, setting) for entry in _ranked(source, split)}
         by_entry = {entry: streams for entry, streams in by_entry.items() if streams}
         shown = list(dict.fromkeys([*close, *by_entry]))
+        spread = any(len(streams) > 1 for streams in by_entry.values())
         drawn = []
         for metric, (title, label, caption) in _OVER_TASKS.items():
             series = {
@@ -389,7 +392,8 @@ def _tasks(source: Source, split: str, close: Sequence[str]) -> Section:
                         f"tasks {setting} {metric}",
                         figures.over_tasks(series, label, [name for name in shown if name in series]),
                         title,
-                        f"{caption} {split}, setting {setting}; the band is one standard deviation over seeds.",
+                        f"{caption} {split}, setting {setting}"
+                        + ("; the band is one standard deviation over seeds." if spread else "."),
                     )
                 )
         lost = {
@@ -451,13 +455,15 @@ def _closer(source: Source, entry: str, setting: str, split: str) -> Section:
             "new as old",
             figures.matrix(shares[base:, 1:base].tolist(), names[base:], names[1:base], "share of pixels",
                            "truth: new", "called: old"),
-            "New called old", f"Share of a new class's pixels (row) called an old class, after the last task, over {seeds}.",
+            "New called old, class by class",
+            f"Share of a new class's pixels (row) called an old class, after the last task, over {seeds}.",
         )  # fmt: skip
         add(
             "old as new",
             figures.matrix(shares[1:base, base:].tolist(), names[1:base], names[base:], "share of pixels",
                            "truth: old", "called: new"),
-            "Old called new", f"Share of an old class's pixels (row) called a new class, after the last task, over {seeds}.",
+            "Old called new, class by class",
+            f"Share of an old class's pixels (row) called a new class, after the last task, over {seeds}.",
         )  # fmt: skip
     for task in range(tasks):
         drawn += [*_collisions(first, split, task, key), *_deltas(first, task, key)]
@@ -509,12 +515,10 @@ def _deltas(stream: StreamData, task: int, key: str) -> list[str]:
     """The distribution of delta over a task's clips, with those that were kept."""
     scores = stream.tasks[task].scores
     every = scores.get("columns", {}).get("delta")
-    if not every or not stream.tasks[task].memory:
+    if not every:
         return []
     of_sample = dict(zip(scores["sample_ids"], every, strict=True))
-    earlier = {(row["sample_id"], row["class"]) for before in stream.tasks[:task] for row in before.memory}
-    rows = [row for row in stream.tasks[task].memory if (row["sample_id"], row["class"]) not in earlier]
-    kept = [of_sample[row["sample_id"]] for row in rows if row["sample_id"] in of_sample]
+    kept = [of_sample[row["sample_id"]] for row in stream.kept(task) if row["sample_id"] in of_sample]
     if not kept:
         return []
     caption = (
@@ -539,9 +543,11 @@ def _search(source: Source) -> Section:
     states = {number: trial.state for number, trial in ledger.trials.items()}
     if not values:
         return Section("search", "The search", "")
+    several = len(objectives) > 1
+    what = "first objective" if several else "objective"
     drawn = [
         page.figure("history", figures.history(values, states, mode, metric), "History",
-                    f"The objective of each trial and the best so far ({mode}imised)."),
+                    f"The {what} of each trial and the best so far ({mode}imised)."),
     ]  # fmt: skip
     knobs = ledger.plan["knobs"]
     shares = importance(knobs, [(trials[number].config, values[number]) for number in trials], mode)
@@ -551,11 +557,12 @@ def _search(source: Source) -> Section:
                 "importance",
                 figures.importance(shares),
                 "Importance of the knobs",
-                f"Share of the objective's variation by knob (Optuna's default method), from {len(values)} trials; "
+                f"Share of the {what}'s variation by knob (Optuna's default method), from {len(values)} trials; "
                 "with few trials a hint at most.",
             )
         )
-    best = list(values).index(best_of(trials, objectives[0]) or next(iter(values)))
+    best_trial = best_of(trials, objectives[0]) or next(iter(values))
+    best = list(values).index(best_trial)
     common = [name for name in knobs if all(name in trial.config for trial in trials.values())]
     places = {name: [trial.config[name] for trial in trials.values()] for name in common}
     for name in common:
@@ -566,36 +573,41 @@ def _search(source: Source) -> Section:
                 f"slice {name}",
                 made,
                 f"Slice: {knob_name(name)}",
-                f"The objective over {name}; darker dots are later trials, the diamond is the best.",
+                f"The {what} over {name}; darker dots are later trials, the diamond is the best.",
             )
         )
     if common and len(values) > 1:
         drawn.append(
             page.figure(
                 "parallel",
-                figures.parallel(places, list(values.values()), best, metric),
+                figures.parallel(places, list(values.values()), best, mode, metric),
                 "Parallel coordinates",
-                "A line per trial through its knobs to its objective; brighter is better, the best is vermillion.",
+                f"A line per trial through its knobs to its {what}; brighter is better, the best is vermillion.",
             )
         )
-    front = set(pareto_front(trials, objectives))
-    second = objectives[1].metric if len(objectives) > 1 else "cost/worker_seconds"
-    if all(second in trial.metrics for trial in trials.values()):
-        x = [float(trial.metrics[second]) for trial in trials.values()]
-        marked = [number in front for number in trials] if len(objectives) > 1 else [n == best for n in range(len(values))]
-        title = "Pareto front" if len(objectives) > 1 else "Objective and cost"
-        label = "Pareto front" if len(objectives) > 1 else "best"
+    marked = set(pareto_front(trials, objectives)) if several else {best_trial}
+    front = (
+        f"The diamonds are the front of all {len(objectives)} objectives together: no other trial is as good in each of them "
+        "and better in one."
+    )
+    if len(objectives) > 2:
+        front += " A diamond that looks beaten here is better in another objective."
+    for other in [each.metric for each in objectives[1:]] or [WORKER_SECONDS]:
+        if any(other not in trial.metrics for trial in trials.values()):
+            continue
         drawn.append(
             page.figure(
-                "pareto",
-                figures.scatter(x, list(values.values()), marked, second, metric, (label, "other trials")),
-                title,
-                f"{metric} against {second}: "
-                + (
-                    "no trial beats one of the front in one and equals it in the rest."
-                    if len(objectives) > 1
-                    else "what a better result costs in training."
+                f"against {other}",
+                figures.scatter(
+                    [float(trial.metrics[other]) for trial in trials.values()],
+                    list(values.values()),
+                    [number in marked for number in trials],
+                    other,
+                    metric,
+                    ("Pareto front" if several else "best", "other trials"),
                 ),
+                f"Pareto front: {other}" if several else "Objective and cost",
+                f"{metric} against {other}" + (f". {front}" if several else ": what a better result costs in training."),
             )
         )
     return Section("search", "The search", page.grid(drawn))
@@ -622,13 +634,13 @@ def _cost(source: Source) -> Section:
         trials = {number: trial for number, trial in sorted(source.sweep.trials.items()) if trial.metrics}
         parts = {
             "computed": [trial.worker_seconds for trial in trials.values()],
-            "reused": [float(trial.metrics.get("reused_worker_seconds", 0.0)) for trial in trials.values()],
+            "reused": [trial.reuse.reused_seconds for trial in trials.values()],
         }
         if trials:
             drawn.append(
                 page.figure(
                     "reuse",
-                    figures.stacked([f"trial {number}" for number in trials], parts, "worker-seconds"),
+                    figures.stacked(list(trials), parts, "worker-seconds"),
                     "Reuse by the store",
                     "What each trial made workers compute, and what it found in the store.",
                 )

@@ -22,10 +22,13 @@ from cavs_model.untrusted import FaultError, read_json
 from orchestrator.comparison import BACKGROUND_ALONE, PLAN_FILE, STREAMS_FILE, TABLE_FILE, StreamResult
 from orchestrator.entries import DamagedError, Entries
 from orchestrator.ledger import LARGEST_LEDGER_BYTES, LEDGER_FILE, Ledger
+from orchestrator.status import folder_name
 from orchestrator.tracker import ENVIRONMENT_FILE, Look, Tracker
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _SEED_OF_RUN = re.compile(r" seed \d+$")
+_FOLDERS = (("sweeps", LEDGER_FILE), ("comparisons", PLAN_FILE))  # in the outputs, with what each of them holds
+MOST_LISTED = 10  # names of a kind in a message
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class StreamData:
     def history(self, split: str) -> list[Tensor]:
         """The split's confusion counts after every task."""
         return [task.counts[split] for task in self.tasks]
+
+    def kept(self, task: int) -> list[Mapping[str, Any]]:
+        """The rows of the memory after a task that it kept itself: of its new classes. Those of others are from before."""
+        seen = [1, *(len(next(iter(each.counts.values()))) for each in self.tasks)]  # background alone before the first
+        new = self.classes[seen[task] : seen[task + 1]]
+        return [row for row in self.tasks[task].memory if row["class"] in new]
 
     @property
     def num_base(self) -> int:
@@ -132,13 +141,13 @@ class Source:
 
 
 def find(name: str, outputs: Path, tracker: Tracker) -> Source:
-    """What a name stands for: a sweep, a comparison, a run's id, or the --name of `orchestrator.run`.
+    """What a name stands for: a sweep, a comparison, a run's id, or the --name of `orchestrator.run`, also as folders have it.
 
     InputError where it stands for nothing, with the names that there are, or for two things.
     """
     folders = [
         folder
-        for kind, file in (("sweeps", LEDGER_FILE), ("comparisons", PLAN_FILE))
+        for kind, file in _FOLDERS
         for folder in [outputs / kind / name.removeprefix(f"{kind}/")]
         if "/" not in name.removeprefix(f"{kind}/") and (folder / file).is_file()
     ]
@@ -152,18 +161,31 @@ def find(name: str, outputs: Path, tracker: Tracker) -> Source:
         )
     if _RUN_ID.fullmatch(name):
         return _of_run(tracker.look(name), outputs, tracker)
-    runs = [run for run in tracker.looks({"kind": "stream"}) if _SEED_OF_RUN.sub("", run.name) == name]
-    runs = [run for run in runs if "mlflow.parentRunId" not in run.tags]
-    if runs:
-        latest = {run.tags.get("seed", ""): run for run in runs}  # a name that was used again: the last run of each seed
-        return _of_streams(name, list(latest.values()), outputs, tracker)
-    known = [
-        f"{kind}/{path.parent.name}"
-        for kind, file in (("sweeps", LEDGER_FILE), ("comparisons", PLAN_FILE))
-        for path in sorted((outputs / kind).glob(f"*/{file}"))
+    runs: dict[str, list[Look]] = {}  # by the name that was given to them, the one that was used last at the end
+    for run in tracker.looks({"kind": "stream"}):
+        if "mlflow.parentRunId" not in run.tags:
+            given = _SEED_OF_RUN.sub("", run.name)
+            runs[given] = [*runs.pop(given, []), run]
+    alike = [each for each in runs if folder_name(each) == folder_name(name)]
+    if meant := name if name in runs else next(reversed(alike), ""):
+        latest = {run.tags.get("seed", ""): run for run in runs[meant]}  # a name that was used again: the last run of each seed
+        return _of_streams(meant, list(latest.values()), outputs, tracker)
+    raise InputError(f"{name!r} is no sweep or comparison in {outputs}, and no run in MLflow; {_known(outputs, list(runs))}")
+
+
+def _known(outputs: Path, runs: Sequence[str]) -> str:
+    """What `find` would find, in words; of each kind the latest. `runs` are names, the latest at the end."""
+    kinds = []
+    for kind, file in _FOLDERS:
+        ledgers = sorted((outputs / kind).glob(f"*/{file}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        kinds.append([f"{kind}/{path.parent.name}" for path in ledgers])
+    kinds.append([repr(run) for run in reversed(runs)])
+    told = [
+        ", ".join(names[:MOST_LISTED]) + (f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else "")
+        for names in kinds
+        if names
     ]
-    there = f"there are: {', '.join(known)}" if known else "there is none of either"
-    raise InputError(f"{name!r} is no sweep or comparison in {outputs}, and no run in MLflow; {there}")
+    return f"there are: {'; '.join(told)}" if told else "there is none of them"
 
 
 def _of_sweep(folder: Path, outputs: Path, tracker: Tracker) -> Source:
@@ -220,7 +242,7 @@ def _of_streams(name: str, runs: Sequence[Look], outputs: Path, tracker: Tracker
     above = parent or runs[0]
     user = f"run/{_SEED_OF_RUN.sub('', name)}"
     return Source(
-        "run", name, outputs, outputs / "reports" / re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-."), above, streams,
+        "run", name, outputs, outputs / "reports" / folder_name(name), above, streams,
         _environment(tracker, above), _jobs(outputs, user, above), splits=tuple(streams[0].splits),
     )  # fmt: skip
 

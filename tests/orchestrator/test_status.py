@@ -142,6 +142,19 @@ def test_names_that_are_not_there_and_files_that_are_none_are_told(tmp_path, mon
             find("night", tmp_path)
 
 
+def test_a_run_is_found_by_the_name_that_was_given_to_it_too(tmp_path, monkeypatch, capsys):
+    for name in ("cmr tones 2-2", "debug-cmr tones 2-2"):
+        with Progress(io.StringIO(), (1.0,), (0,), 1, renderers=(run_status(tmp_path, name),)):
+            pass
+    for spelling in ("cmr tones 2-2", "cmr-tones-2-2"):
+        for more, folder in (((), "cmr-tones-2-2"), (("--debug",), "debug-cmr-tones-2-2")):
+            assert asked(monkeypatch, tmp_path, spelling, *more) == 0
+            assert capsys.readouterr().out.startswith(f"run {folder}: ended")
+    watched(tmp_path / "sweeps" / "a-night").heartbeat()
+    with pytest.raises(InputError, match="nothing called 'a night'"):  # a sweep has the name that its folder has
+        find("a night", tmp_path)
+
+
 def test_a_dry_run_names_the_files_and_debug_asks_for_what_ran_with_debug(tmp_path, monkeypatch, capsys):
     for name in ("night", "debug-night"):
         watched(tmp_path / "sweeps" / name).heartbeat()
