@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
@@ -65,8 +67,11 @@ class Checkpoint:
     weights: bytes
     directory: str  # where it was read from, for messages
 
-    def model(self) -> AVSegmenter:
-        """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description."""
+    def model(self, draws: bool = False) -> AVSegmenter:
+        """The network on CPU, in evaluation mode, frozen. InputError where the weights do not fit its description.
+
+        torch's random state stays, or with `draws` is as after the first weights of such a network.
+        """
         try:
             config = NetworkConfig(**typed_fields(NetworkConfig, {**self.about.config, "visual_weights": "none"}))
         except (InputError, FaultError) as error:
@@ -79,7 +84,8 @@ class Checkpoint:
             has = "no classifier" if classifier is None else f"a classifier of shape {list(classifier.shape)}"
             raise InputError(f"{misfit}: it has {has}, expected {list(expected)}")
         try:
-            model = AVSegmenter(config, self.about.num_classes, self.about.network)
+            with nullcontext() if draws else _WithoutFirstWeights():
+                model = AVSegmenter(config, self.about.num_classes, self.about.network)
         except InputError as error:
             raise InputError(f"damaged checkpoint description {Path(self.directory) / ABOUT}: {error}") from error
         try:
@@ -87,6 +93,21 @@ class Checkpoint:
         except (RuntimeError, TypeError, ValueError) as error:
             raise InputError(f"{misfit}: {' '.join(str(error).split())[:500]}") from error
         return model.eval().requires_grad_(False)
+
+
+class _WithoutFirstWeights(TorchFunctionMode):
+    """Networks that are built within it keep whatever lies in the memory of their parameters, for these to be overwritten.
+
+    Drawing them takes most of the time it takes to load a large network.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        named = kwargs or {}
+        if func in (Tensor.normal_, Tensor.uniform_) or getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def save(directory: Path, state: Mapping[str, Tensor], about: About) -> None:
@@ -124,9 +145,9 @@ def read(directory: Path) -> Checkpoint:
         raise InputError(f"no checkpoint at {directory}: {WEIGHTS} {fault}") from None
 
 
-def load(directory: Path) -> AVSegmenter:
+def load(directory: Path, draws: bool = False) -> AVSegmenter:
     """The network of a checkpoint, as `Checkpoint.model`."""
-    return read(directory).model()
+    return read(directory).model(draws)
 
 
 def save_method_state(directory: Path, state: Mapping[str, Tensor]) -> None:

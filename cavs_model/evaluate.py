@@ -136,9 +136,11 @@ def measure_samples(
             return model(batch)  # type: ignore[no-any-return]
 
     sums = {name: torch.zeros_like(parameter, dtype=torch.float64) for name, parameter in parameters.items()}
-    for clip in passes(job.data.open("train"), sample_ids, job.data.table(job.task.train_rule), 1, device):
-        for name, value in job.method.measure(network, parameters, clip, job.task).items():
-            sums[name] += value
+    clips = passes(job.data.open("train"), sample_ids, job.data.table(job.task.train_rule), 1, device)
+    with numbers.exact():
+        for clip in clips:
+            for name, value in job.method.measure(network, parameters, clip, job.task).items():
+                sums[name] += value
     return {name: total.detach().cpu().contiguous().numpy() for name, total in sums.items()}
 
 
@@ -177,7 +179,7 @@ def frozen(model: nn.Module, numbers: Arithmetic) -> Network:
 
     def network(batch: Batch) -> Prediction:
         # Not inference_mode: losses save the teacher's maps for the student's backward pass.
-        with torch.no_grad(), numbers.autocast():
+        with torch.no_grad(), numbers.exact(), numbers.autocast():
             return model(batch)  # type: ignore[no-any-return]
 
     return network
@@ -188,5 +190,9 @@ def passes(
 ) -> Iterator[Batch]:
     """The samples in order, as batches on the device."""
     shards = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
-    for batch in prefetch(shards, lambda ids: split.batch(ids, [False] * len(ids), [table] * len(ids)).trimmed()):
+
+    def load(ids: Sequence[str]) -> Batch:
+        return split.batch(ids, [False] * len(ids), [table] * len(ids)).trimmed().pinned_for(device)
+
+    for batch in prefetch(shards, load):
         yield batch.to(device)

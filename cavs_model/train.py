@@ -10,6 +10,7 @@ nothing in the loop draws from a global one, and the batches of an epoch are a f
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import time
@@ -34,7 +35,11 @@ from cavs_model.worker import Arithmetic, Precision, Worker, arithmetic, epoch_b
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast a task is learned."""
+    """How long and how fast a task is learned, and which of its epochs is kept (`selection`).
+
+    Where validation shows none of a task's current classes, "best_val" has nothing to go by: it keeps the last epoch, and a
+    note tells of it.
+    """
 
     epochs: int = 30  # of every task after the base task
     base_epochs: int = 30  # of the base task
@@ -120,6 +125,17 @@ class DivergedError(RuntimeError):
     """The loss or a weight is no longer a number."""
 
 
+class Adam(torch.optim.Adam):
+    """torch's, without what keeps its methods out of compiled graphs: that imports the compiler, for a second in each process.
+
+    Nothing here compiles an optimiser. The numbers are torch's, to the bit.
+    """
+
+    step = torch.no_grad()(inspect.unwrap(torch.optim.Adam.step))
+    add_param_group = inspect.unwrap(torch.optim.Adam.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Adam.zero_grad)
+
+
 def planned_samples(method: Method, task: Task) -> int:
     """Clips of one epoch of a task as far as they are known before its stream begins; for estimates of time only."""
     return len(task.train) + (0 if task.is_base else method.rows_expected(task.num_old - 1))
@@ -134,6 +150,11 @@ def train_task(job: TaskJob, worker: Worker) -> None:
     """
     started = time.monotonic()
     numbers = arithmetic(job.precision, worker.device)
+    with numbers.exact():
+        _train(job, worker, numbers, started)
+
+
+def _train(job: TaskJob, worker: Worker, numbers: Arithmetic, started: float) -> None:
     split = job.data.open("train")
     student = _student(job)
     # Adam's state must be created for parameters that already lie where they are trained.
@@ -142,7 +163,7 @@ def train_task(job: TaskJob, worker: Worker) -> None:
     teacher = frozen(checkpoint.load(Path(job.start)), numbers) if job.start and job.has_teacher else None
     prepared = _prepare(job, worker, teacher, split)
     penalty = _penalty(job, worker, student)
-    optimiser = torch.optim.Adam(student.parameters(), lr=job.schedule.learning_rate, fused=True)
+    optimiser = Adam(student.parameters(), lr=job.schedule.learning_rate, fused=True)
     choice = _Choice(job, worker, numbers)
     history: list[Mapping[str, float]] = []
     epochs = job.schedule.epochs_of(job.task)
@@ -211,7 +232,8 @@ def _student(job: TaskJob) -> AVSegmenter:
         expected = (job.network, job.task.num_old)
         if (about.network, about.num_classes) != expected:
             raise InputError(f"checkpoint {job.start} holds {(about.network, about.num_classes)}, task needs {expected}")
-        student = checkpoint.load(Path(job.start)).requires_grad_(True)
+        # The numbers of new rows come after those of a whole new network in the series that the seed begins.
+        student = checkpoint.load(Path(job.start), draws=True).requires_grad_(True)
         student.classifier.grow(job.task.num_classes)
     with torch.no_grad():
         job.method.init_new_classes(student.classifier.conv, job.task)
@@ -268,10 +290,10 @@ def _epoch(job: TaskJob, worker: Worker, split: DecodedSplit, epoch: int) -> _Ep
         ids, rehearsed = zip(*part, strict=True)
         batch = split.batch(ids, rehearsed, [seen if again else new for again in rehearsed])
         due = [(place, paste) for place, (each, again) in enumerate(part) if not again for paste in pastes.get(each, ())]
-        if not due:
-            return batch.trimmed()
-        stored = split.batch([paste.instance_id for _, paste in due], [True] * len(due), [seen] * len(due))
-        return job.method.compose(batch, stored, [(place, paste.class_id) for place, paste in due]).trimmed()
+        if due:
+            stored = split.batch([paste.instance_id for _, paste in due], [True] * len(due), [seen] * len(due))
+            batch = job.method.compose(batch, stored, [(place, paste.class_id) for place, paste in due])
+        return batch.trimmed().pinned_for(worker.device)
 
     return _Epoch((batch.to(worker.device) for batch in prefetch(mine, load)), len(batches))
 
@@ -325,6 +347,7 @@ class _Choice:
     def __init__(self, job: TaskJob, worker: Worker, numbers: Arithmetic) -> None:
         self.weights: dict[str, Tensor] = {}
         self.best = -1.0
+        self._told = False
         self._job, self._worker, self._numbers = job, worker, numbers
 
     def look(self, student: nn.Module, epoch: int, epochs: int) -> None:
@@ -338,6 +361,9 @@ class _Choice:
         with torch.no_grad():
             counts = worker.all_reduce(count(_running(student, self._numbers), batches, job.task.num_classes, worker.device))
         score = float(iou(counts.cpu())[job.task.new_classes.start :].nanmean())
+        if math.isnan(score) and not self._told:
+            _note(job, worker, "schedule.selection = best_val, and validation shows no current class: keeps the last epoch")
+            self._told = True
         if score > self.best:
             self.best = score
             self.weights = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
@@ -429,8 +455,11 @@ class _Resumption:
         return found, ""
 
     def _note(self, text: str) -> None:
-        job = self._job
-        self._worker.report({"kind": "note", "label": job.label, "text": f"{job.label or job.network}: {text}"})
+        _note(self._job, self._worker, text)
+
+
+def _note(job: TaskJob, worker: Worker, text: str) -> None:
+    worker.report({"kind": "note", "label": job.label, "text": f"{job.label or job.network}: {text}"})
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

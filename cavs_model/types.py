@@ -101,7 +101,8 @@ class Batch:
     label [B T H W] uint8 after a LabelRule; real_frame [B T] bool: False where a short clip was padded (never computed);
     labelled_frame [B T] bool: False where the frame has no annotation (its label is IGNORE throughout);
     rehearsed [B] bool: True where the sample comes from the memory; audio_feature [B T 128] float32: what the frozen sound
-    network says of `audio`, where that is kept on disk. Who changes `audio` must set it to None.
+    network says of `audio`, where that is kept on disk; real_frame_cpu: `real_frame` on the CPU where the batch was moved away
+    from there, so that nobody waits for the device to read it. Who changes what one of these two follows from sets it to None.
     """
 
     sample_id: tuple[str, ...]
@@ -112,18 +113,26 @@ class Batch:
     labelled_frame: Tensor
     rehearsed: Tensor
     audio_feature: Tensor | None = None
+    real_frame_cpu: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_id)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            item.name: value.to(device, non_blocking=True)
-            for item in fields(self)
-            if isinstance(value := getattr(self, item.name), Tensor)
-        }
-        return replace(self, **moved)
+        mask = self.real_frame if self.real_frame_cpu is None else self.real_frame_cpu
+        away = torch.device(device).type != "cpu" and mask.device.type == "cpu"
+        return replace(self._each(lambda value: value.to(device, non_blocking=True)), real_frame_cpu=mask if away else None)
+
+    def pinned_for(self, device: torch.device) -> Batch:
+        """The batch, on the CPU, in memory that CUDA reads while the CPU goes on; as it is for a device of another kind."""
+        return self._each(lambda value: value.contiguous().pin_memory()) if device.type == "cuda" else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with every tensor changed but the CPU's own."""
+        names = [item.name for item in fields(self) if item.name != "real_frame_cpu"]
+        values: dict[str, Any] = {name: change(value) for name in names if isinstance(value := getattr(self, name), Tensor)}
+        return replace(self, **values)
 
     def trimmed(self) -> Batch:
         """The batch, on the CPU, without its last frames where these pad every clip; at least one frame stays.

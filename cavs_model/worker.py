@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -84,12 +84,27 @@ def device_for(gpus: float) -> torch.device:
     return torch.device("cuda", 0)
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Convolutions on CUDA take fp32 numbers as they are; by default torch rounds them to 10 bits of fraction (TF32)."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 @dataclass(frozen=True)
 class Arithmetic:
     """The number format of a job on a device: bf16 autocast in channels_last, or plain fp32."""
 
     device: torch.device
     bf16: bool
+
+    def exact(self) -> AbstractContextManager[None]:
+        """The context of all that is computed, backward passes too: where the format is fp32, no product is less."""
+        return nullcontext() if self.bf16 else without_tf32()
 
     def autocast(self) -> Any:
         """The context in which networks run forward."""

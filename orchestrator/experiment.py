@@ -39,18 +39,26 @@ class Resources:
 
     workers: int = 1  # data-parallel processes
     cpus_per_worker: int = 1  # threads of each
-    gpus_per_worker: float = 0.0  # may be a fraction; 0 trains on CPU
+    gpus_per_worker: float = 0.0  # may be a fraction where there is one worker; 0 trains on CPU
     min_workers: int = 1  # where nodes are lost, a task goes on with no fewer than these; as many as `workers` or more: all
+    note_seconds: float = 60.0  # after which a task notes what it can go on from, at the next end of an epoch; 0: at each
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise InputError(f"resources.workers must be at least 1, not {self.workers}")
         if self.min_workers < 1:
             raise InputError(f"resources.min_workers must be at least 1, not {self.min_workers}")
+        if not self.note_seconds >= 0:
+            raise InputError(f"resources.note_seconds must not be negative, not {self.note_seconds}")
         if self.cpus_per_worker < 1:
             raise InputError(f"resources.cpus_per_worker must be at least 1, not {self.cpus_per_worker}")
-        if not (0 <= self.gpus_per_worker <= 1 or float(self.gpus_per_worker).is_integer()):
+        if self.gpus_per_worker < 0 or not (self.gpus_per_worker <= 1 or float(self.gpus_per_worker).is_integer()):
             raise InputError(f"resources.gpus_per_worker must be a fraction up to 1 or whole, not {self.gpus_per_worker}")
+        if 0 < self.gpus_per_worker < 1 and self.workers > 1:
+            raise InputError(
+                f"resources.gpus_per_worker must be 0 or whole where resources.workers is {self.workers}, "
+                f"not {self.gpus_per_worker}: NCCL connects no two workers that share a GPU"
+            )
 
 
 @dataclass(frozen=True)

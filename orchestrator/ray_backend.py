@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,9 @@ import torch.distributed
 from ray._private import auto_init_hook
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.train.v2._internal.exceptions import (
     InsufficientClusterResourcesError,
     WorkerGroupStartupFailedError,
@@ -107,13 +109,15 @@ class Cluster:
             "CPU": (resources.workers * resources.cpus_per_worker, self.cpus),
             "GPU": (resources.workers * resources.gpus_per_worker, self.gpus),
         }
-        for name, (wanted, there) in needs.items():
-            if wanted > there:
+        found = {name: how_many_fit(there, wanted) for name, (wanted, there) in needs.items() if wanted}
+        for name, count in found.items():
+            if not count:
+                wanted, there = needs[name]
                 raise InputError(
                     f"resources: {resources.workers} workers need {wanted:g} {name}s, the cluster has {there:g}; "
                     "lower resources.workers (or cpus_per_worker, gpus_per_worker) or add nodes"
                 )
-        return min(int(there // wanted) for wanted, there in needs.values() if wanted)
+        return min(found.values())
 
 
 @dataclass(frozen=True)
@@ -137,7 +141,13 @@ class Node:
 
     def room(self, cpus_per_worker: float, gpus_per_worker: float) -> int:
         """How many workers fit onto it at once."""
-        return int(min(self.cpus // cpus_per_worker, self.gpus // gpus_per_worker if gpus_per_worker else math.inf))
+        by_cpus = how_many_fit(self.cpus, cpus_per_worker)
+        return min(by_cpus, how_many_fit(self.gpus, gpus_per_worker)) if gpus_per_worker else by_cpus
+
+
+def how_many_fit(there: float, each: float) -> int:
+    """How many times a positive amount is there: 5 times 0.2 in 1.0, which a division alone finds to be a little less."""
+    return math.floor(there / each + 1e-9)
 
 
 def nodes() -> list[Node]:
@@ -155,10 +165,9 @@ def on_every_node(function: Callable[[], Any], seconds: float) -> dict[Node, Any
 
     Nodes that are at work answer too: the function asks for no CPU.
     """
+    call = _task(_call)
     references = {
-        node: _call.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(
-            function
-        )
+        node: call.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)).remote(function)
         for node in nodes()
     }
     done, _ = ray.wait(list(references.values()), num_returns=len(references), timeout=seconds)
@@ -177,8 +186,9 @@ def on_every_node(function: Callable[[], Any], seconds: float) -> dict[Node, Any
 
 def in_a_worker(function: Callable[[], Any], resources: Resources, seconds: float = 60.0) -> Any:
     """What the function returns in a process with the resources of one worker. TimeoutError where none begins in time."""
-    options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
-    reference = _call.options(scheduling_strategy="DEFAULT", max_retries=0, **options).remote(function)
+    call = _task(_call, resources.gpus_per_worker)
+    options = {"scheduling_strategy": "DEFAULT", "num_cpus": resources.cpus_per_worker, "max_retries": 0}
+    reference = call.options(**options).remote(function)
     done, _ = ray.wait([reference], timeout=seconds)
     if not done:
         ray.cancel(reference, force=True)
@@ -295,7 +305,10 @@ class RayWorker:
         model = synchronise_batch_norm(model, self.device)
         # Batch statistics are the same everywhere already: nothing to broadcast before each step.
         return DistributedDataParallel(
-            model, device_ids=[self.device] if self.device.type == "cuda" else None, broadcast_buffers=False
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # spares a second copy of all gradients
         )
 
     def all_reduce(self, value: Tensor) -> Tensor:
@@ -342,9 +355,9 @@ class RayBackend:
 
     def consolidate(self, job: ConsolidateJob, checkpoint_path: str, previous: str | None) -> str:
         models = {"": checkpoint.read(Path(checkpoint_path))}
-        references = self._submit(_measure, ray.put(job), job.chunks, models, job.label)
+        streams = self._submit(_measure, ray.put(job), self._portions(job.chunks), models, job.label)
         # One at a time, and each is let go of at once: a chunk's sums are as large as the network.
-        consolidate(job, (_get(references.pop(0)) for _ in job.chunks), previous)
+        consolidate(job, (_get(reference) for stream in streams for reference in stream), previous)
         return job.output
 
     def evaluate(self, job: EvaluateJob, checkpoint_path: str) -> np.ndarray:
@@ -400,7 +413,9 @@ class RayBackend:
         told = float("-inf")
         while True:
             nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-            found = sum(min(int(node.get(kind, 0) // amount) for kind, amount in self._per_worker.items()) for node in nodes)
+            found = sum(
+                min(how_many_fit(node.get(kind, 0.0), amount) for kind, amount in self._per_worker.items()) for node in nodes
+            )
             if found >= min(self.resources.min_workers, self.resources.workers):
                 return min(found, self.resources.workers)
             if time.monotonic() - told > WAIT_NOTE_SECONDS:
@@ -446,52 +461,74 @@ class RayBackend:
     def _map_blocks(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterator[Any]:
         """Applies a function to jobs in Ray tasks, in any order of work; results in the order of the jobs."""
         shared = ray.put(function)
-        references = [_apply.options(scheduling_strategy="DEFAULT").remote(shared, job) for job in jobs]
+        references = [_task(_apply).options(scheduling_strategy="DEFAULT").remote(shared, job) for job in jobs]
         for reference in references:
             yield _get(reference)
 
     def _chunks(
         self,
-        task: Any,
+        function: Callable[..., Any],
         job: Any,
         sample_ids: Sequence[str],
         batch_size: int,
         models: Mapping[str, Checkpoint],
         label: str,
     ) -> list[Any]:
-        """Runs a task on chunks of whole batches; results in order. Weights and job lie in the object store once."""
+        """Runs a function on chunks of whole batches; results in order. Weights and job lie in the object store once."""
         size = self._chunk_clips([model.about for model in models.values()], len(sample_ids), batch_size)
         chunks = [tuple(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
         # After an error the other chunks run to their end: cancelling one whose reply is under way aborts the driver.
-        return [_get(reference) for reference in self._submit(task, job, chunks, models, label)]
+        return [_get(reference) for reference in self._submit(function, job, chunks, models, label)]
 
     def _submit(
-        self, task: Any, job: Any, chunks: Sequence[Sequence[str]], models: Mapping[str, Checkpoint], label: str
+        self, function: Callable[..., Any], job: Any, chunks: Sequence[Any], models: Mapping[str, Checkpoint], label: str
     ) -> list[Any]:
-        """Hands a task out on every chunk; references to the results in order."""
+        """Hands a function out on every chunk; references to the results in order."""
         weights = ray.put(dict(models))
-        gpus = self.resources.gpus_per_worker
+        gpus = self._gpus_per_chunk if models else 0.0
         # "DEFAULT": inside a trial a task would otherwise be captured by the trial's placement group, where it cannot fit.
-        options = task.options(scheduling_strategy="DEFAULT", num_cpus=1, num_gpus=min(gpus, 1), name=label or "chunk")
-        return [options.remote(job, weights, chunk, gpus) for chunk in chunks]
+        task = _task(function, gpus).options(scheduling_strategy="DEFAULT", num_cpus=1, name=label or "chunk")
+        return [task.remote(job, weights, chunk, gpus) for chunk in chunks]
+
+    @property
+    def _gpus_per_chunk(self) -> float:
+        return min(self.resources.gpus_per_worker, 1.0)
+
+    def _gpu_slots(self) -> int:
+        """How many chunks the cluster's GPUs take at once; 0 where there is no GPU to a worker."""
+        return max(1, how_many_fit(resources().get("GPU", 0.0), self._gpus_per_chunk)) if self._gpus_per_chunk else 0
 
     def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
-        """Clips of one chunk: whole batches, two for every core, but never less than a second of work."""
+        """Clips of one chunk: whole batches; as many chunks as GPUs take at once, whose processes end with them, or two for
+        every core, but never less than a second of work.
+        """
         per_clip = sum(about.seconds * about.world_size / max(about.clips, 1) for about in abouts) / SCORING_SPEEDUP
-        slots = max(1, int(resources().get("GPU" if self.resources.gpus_per_worker else "CPU", 1)))
-        wanted = max(clips / (2 * slots), CHUNK_SECONDS / per_clip if per_clip else 0)
-        return max(1, -(-int(wanted) // batch_size)) * batch_size
+        count = (self._gpu_slots() if abouts else 0) or 2 * max(1, int(resources().get("CPU", 1)))
+        wanted = max(clips / count, CHUNK_SECONDS / per_clip if per_clip else 0)
+        return max(1, math.ceil(wanted / batch_size)) * batch_size
+
+    def _portions(self, chunks: Sequence[Sequence[str]]) -> list[Sequence[Sequence[str]]]:
+        """A method's chunks in order, in as many portions as GPUs take at once; without GPUs each by itself."""
+        slots = self._gpu_slots()
+        size = max(1, math.ceil(len(chunks) / slots)) if slots else 1
+        return [chunks[start : start + size] for start in range(0, len(chunks), size)]
 
 
 class _Trainer(ray.train.torch.TorchTrainer):
     """A trainer whose controller runs in this process, an actor's; what it leaves if it is killed, orphans.py removes.
 
-    Ray starts a process for the controller and one that would clear away after it, and each imports for two seconds.
+    Ray starts a process for the controller, one that would clear away after it, one for data sets of Ray's, of which there are
+    none, and one that asks whether nodes are about to be taken away. Each imports for one or two seconds, beside the workers
+    that do. Where there is one node alone nobody is left to hear that it goes, and nobody asks.
     """
 
     def _initialize_and_run_controller(self, **wanted: Any) -> Any:
-        callbacks = [each for each in wanted.pop("callbacks") if not isinstance(each, PlacementGroupCleanerCallback)]
+        unwanted = (PlacementGroupCleanerCallback, DatasetsCallback)
+        callbacks = [each for each in wanted.pop("callbacks") if not isinstance(each, unwanted)]
         controller = TrainController(**wanted, callbacks=callbacks)
+        if len(nodes()) == 1:
+            told = controller._worker_group_callbacks_to_propagate
+            told[:] = [each for each in told if not isinstance(each, PreemptionCallback)]
         asyncio.run(controller.run())  # type: ignore[no-untyped-call]
         return controller.get_result()
 
@@ -546,31 +583,37 @@ def _take_rays_interface() -> None:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-@ray.remote
+@lru_cache(maxsize=32)
+def _task(function: Callable[..., Any], gpus: float = 0.0) -> Any:
+    """The function as a Ray task that asks for so many GPUs; the process of one that asks for any ends with it.
+
+    It would keep the GPU's memory while it lives, and CUDA stays with the GPU that a process saw first, whichever its next task
+    is given. Ray by itself forgets to end it where the GPUs are asked for by options(), which refuse max_calls.
+    """
+    return ray.remote(num_gpus=gpus, max_calls=1 if gpus else 0)(function)
+
+
 def _call(function: Callable[[], Any]) -> Any:
     return function()
 
 
-@ray.remote
 def _apply(function: Callable[[Any], Any], job: Any) -> Any:
     return function(job)
 
 
-@ray.remote
 def _score(job: ScoreJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float) -> ScoreTable:
     torch.set_num_threads(1)
     return score_samples(job, models, sample_ids, device_for(gpus))
 
 
-@ray.remote
 def _measure(
-    job: ConsolidateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float
-) -> dict[str, np.ndarray]:
+    job: ConsolidateJob, models: Mapping[str, Checkpoint], chunks: Sequence[Sequence[str]], gpus: float
+) -> Iterator[dict[str, np.ndarray]]:
     torch.set_num_threads(1)
-    return measure_samples(job, models[""], sample_ids, device_for(gpus))
+    for chunk in chunks:
+        yield measure_samples(job, models[""], chunk, device_for(gpus))
 
 
-@ray.remote
 def _evaluate(job: EvaluateJob, models: Mapping[str, Checkpoint], sample_ids: Sequence[str], gpus: float) -> np.ndarray:
     torch.set_num_threads(1)
     return evaluate(job, models[""], sample_ids, device_for(gpus))

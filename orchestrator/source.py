@@ -1,6 +1,7 @@
 """Which source files an outcome follows from, so that a new method's file makes no earlier outcome new.
 
-All of `cavs_model` does, except the methods and data sets that the job neither is of nor imports.
+All of `cavs_model` does, except the methods and data sets that the job neither is of nor imports. Where a class lies elsewhere,
+its file does, and what that imports from beside it; what was installed does not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 import cavs_model
 
 CHOICES = ("methods", "datasets")  # packages of cavs_model with a file for each choice
+OURS = ("cavs_model", "orchestrator")  # never beside a class: of the first it is known what counts, of the second nothing does
+INSTALLED = {"site-packages", "dist-packages"}  # folders whose packages are not beside a class either
 
 
 def code_version() -> str:
@@ -28,7 +31,7 @@ def code_version() -> str:
 def code_of(*used: object) -> str:
     """A digest of the source that what is computed with `used`, methods and benchmarks, follows from.
 
-    Where a class lies outside `cavs_model`, its file counts too.
+    Where a class lies outside `cavs_model`, its file counts too, with what it imports from its folder or its package.
     """
     modules = {type(one).__module__ for thing in used for one in _within(thing)}
     files = {(name, file) for name in modules if (file := getattr(sys.modules[name], "__file__", None)) is not None}
@@ -56,14 +59,38 @@ def _reached(root: Path, used: tuple[tuple[str, str], ...]) -> tuple[Path, ...]:
     choices = tuple(f"{root.name}.{package}." for package in CHOICES)
     found = {name: path for name, path in modules.items() if not name.startswith(choices) or name.endswith(".__init__")}
     found |= {name: modules.get(name, Path(file)) for name, file in used}
-    left = list(found.items())
+    left = [(name, path, None if path.is_relative_to(root) else _home(name, path)) for name, path in found.items()]
+    files = set()
     while left:
-        name, path = left.pop()
+        name, path, home = left.pop()
+        if path in files:
+            continue
+        files.add(path)
         for imported in _imports(name.removesuffix(".__init__"), path):
-            if imported in modules and imported not in found:
-                found[imported] = modules[imported]
-                left.append((imported, modules[imported]))
-    return tuple(sorted(set(found.values())))
+            if imported in modules:
+                left.append((imported, modules[imported], None))
+            elif home and imported.partition(".")[0] not in OURS:
+                left.extend((beside, file, home) for beside, file in _beside(imported, *home))
+    return tuple(sorted(files))
+
+
+def _home(name: str, path: Path) -> tuple[Path, Path]:
+    """Where the imports of a module begin, and below which folder what they find lies beside it: its own, or its package's."""
+    parts, place = name.split("."), path.parent if path.name == "__init__.py" else path.with_suffix("")
+    if (len(parts) > 1 or path.name == "__init__.py") and place.parts[-len(parts) :] == tuple(parts):
+        above = place.parents[len(parts) - 1]
+        return above, above / parts[0]
+    return path.parent, path.parent
+
+
+def _beside(imported: str, above: Path, below: Path) -> Iterator[tuple[str, Path]]:
+    """The modules that an import runs, and their files, of those below a folder."""
+    parts = imported.split(".")
+    for length in range(1, len(parts) + 1):
+        stem = above.joinpath(*parts[:length])
+        for file in (stem.with_name(f"{stem.name}.py"), stem / "__init__.py"):
+            if file.is_relative_to(below) and not INSTALLED & set(file.parts) and file.is_file():
+                yield ".".join(parts[:length]), file
 
 
 def _imports(module: str, path: Path) -> Iterator[str]:
@@ -73,7 +100,10 @@ def _imports(module: str, path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            origin = resolve_name("." * node.level + (node.module or ""), package)
+            try:
+                origin = resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # it is for whoever runs the file as a part of a package
+                continue
             yield origin
             yield from (f"{origin}.{alias.name}" for alias in node.names)
 

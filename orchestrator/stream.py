@@ -17,6 +17,7 @@ from cavs_model.methods.finetune import Finetune
 from cavs_model.metrics import diagnoses, frame_summary, stream_summary, summary
 from cavs_model.networks.av_segmenter import check_weights
 from cavs_model.networks.vggish import feature_name
+from cavs_model.networks.visual_encoders import check_sides
 from cavs_model.train import Seeds, TaskJob
 from cavs_model.types import AUDIO_VISUAL, Memory, Rehearsal, ScoreTable, State, Task
 from orchestrator.experiment import Experiment
@@ -35,7 +36,7 @@ class Backend(Protocol):
         """Trains the networks of one task, side by side where resources allow; their checkpoints' directories."""
 
     def score(self, job: ScoreJob, checkpoints: Mapping[str, str]) -> ScoreTable:
-        """Scores the task's samples, in the job's order, with the networks in these directories."""
+        """Scores the task's samples, in the job's order, with the networks in these directories, which may be none."""
 
     def consolidate(self, job: ConsolidateJob, checkpoint: str, previous: str | None) -> str:
         """What the method keeps of the network in this directory, after what it kept before; the directory it lies in."""
@@ -118,6 +119,7 @@ def run_stream(
     order = scenario.learned_order(benchmark)
     needed = {"train", *splits, *(["val"] if schedule.selection == "best_val" else [])}
     check_weights(experiment.network)
+    check_sides(benchmark.image_size_px, benchmark.image_size_px)
     sound = experiment.network.frozen_sound
     cache = backend.prepare(benchmark, sorted(needed), sound)
     data = Data(benchmark, cache, order, "" if sound is None else feature_name(sound))
@@ -143,7 +145,7 @@ def run_stream(
         jobs = [
             TaskJob(network, learned, data, rehearsal.rows, learner, experiment.network, schedule, experiment.precision,
                     seeds, start.checkpoints.get(network), label=f"{name} {network}", pastes=rehearsal.pastes,
-                    method_state=start.method_states.get(network))
+                    method_state=start.method_states.get(network), resume_seconds=experiment.resources.note_seconds)
             for network in networks
         ]  # fmt: skip
         checkpoints = dict(zip(networks, backend.train(jobs), strict=True))
@@ -159,7 +161,8 @@ def run_stream(
         memory, after = state.memory, None
         if method.remembers and not last:
             if method.scores_after:
-                after = backend.score(ScoreJob("after", method, task, *common, f"{name} consistency"), checkpoints)
+                read = {network: checkpoints[network] for network in method.networks_after}
+                after = backend.score(ScoreJob("after", method, task, *common, f"{name} consistency"), read)
             memory = method.remember(after, memory, task, chance(seeds, task, 1))
         state = State(checkpoints, memory, method_states)
 

@@ -2,7 +2,8 @@
 
 A split is stored as blocks of 64 clips. A block is one .npy file of records (see `record_type`) followed by the 32 bytes of
 its SHA-256; it appears under its name only when it is complete, so that an interrupted build goes on where it stopped and two
-processes may write the same block at once. Opening a split looks at headers and sizes alone; a block is held against its
+processes may write the same block at once. Until then it is a .part file beside its place, under a lock that ends with its
+writer: `build` deletes those that nobody locks. Opening a split looks at headers and sizes alone; a block is held against its
 SHA-256 when a process first reads of it, and is made anew where it differs. `verify` reads everything.
 
 Beside the clips lie, where a network has a sound encoder that is never trained, its vectors of every clip's seconds: blocks of
@@ -11,13 +12,15 @@ the same kind, whose names begin with `vggish.feature_name`, so that every weigh
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +31,7 @@ from threadpoolctl import threadpool_limits
 
 from cavs_model.datasets.base import Benchmark, Clips
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
-from cavs_model.errors import InputError, unknown
+from cavs_model.errors import InputError, OutageError, unknown
 from cavs_model.networks.vggish import AUDIO_DIM, feature_name, load_vggish
 from cavs_model.types import BACKGROUND, IGNORE, Batch
 
@@ -39,6 +42,8 @@ Job = tuple[str, int]  # split, block
 MapBlocks = Callable[[Callable[[Job], None], Sequence[Job]], Iterable[None]]
 
 _DIGEST_BYTES = 32
+_PART = ".part"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a process's own limit on file sizes
 _log = logging.getLogger(__name__)
 # Blocks that this process found whole: path, size, time of the last change and place on the disk, of which a copy has another.
 _whole: set[tuple[str, int, int, int]] = set()
@@ -83,7 +88,7 @@ def cache_folder(benchmark: Benchmark, split: str, root: str | Path) -> Path:
     """Where the blocks of a split lie. A changed benchmark has another fingerprint and so another folder."""
     if split not in benchmark.splits():
         raise unknown(f"split of {benchmark.name}", split, benchmark.splits())
-    return Path(root) / f"{benchmark.name}-{benchmark.fingerprint()[:16]}" / split.replace("/", "-")
+    return _benchmark_folder(benchmark, root) / split.replace("/", "-")
 
 
 def missing_blocks(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> list[int]:
@@ -104,7 +109,10 @@ def missing_blocks(benchmark: Benchmark, split: str, root: str | Path, features:
 
 
 def write_block(benchmark: Benchmark, split: str, block: int, root: str | Path) -> None:
-    """Renders a block and puts it in place, unless a whole one is there. InputError where the folder cannot be written."""
+    """Renders a block and puts it in place, unless a whole one is there.
+
+    InputError where the folder cannot be written, OutageError where it is full.
+    """
     folder, record = cache_folder(benchmark, split, root), record_type(benchmark)
     positions = _blocks(benchmark, split)[block]
     path = _block_path(folder, block)
@@ -119,7 +127,7 @@ def write_features(benchmark: Benchmark, split: str, block: int, root: str | Pat
     """Puts the vectors of sound of a block of clips in place, unless they are there whole. The clips must be there.
 
     Clip by clip in one thread, so that they have the same bits whoever makes them. InputError for weights that do not fit,
-    and where the folder cannot be written.
+    and where the folder cannot be written, OutageError where it is full.
     """
     folder, record = cache_folder(benchmark, split, root), feature_type(benchmark)
     positions = _blocks(benchmark, split)[block]
@@ -152,21 +160,23 @@ def build(
 
     `map_blocks(function, jobs)` calls a function, which pickles, on every job, in parallel or not: the built-in `map`, a
     pool's, a cluster's. `on_block(done, missing)` hears of every block that was missing when it is there, of clips first and
-    then of vectors. Does nothing for a benchmark that is not cached. InputError where the cache cannot be written.
+    then of vectors. Does nothing for a benchmark that is not cached. InputError where the cache cannot be written, OutageError
+    where it is full. What killed processes left half-written of this benchmark is deleted, before and after.
     """
     if not benchmark.cached:
         return
     splits = list(splits)
-    # First of all: a missing file is told before hours of decoding.
-    name = "" if audio_weights is None else feature_name(audio_weights)
-    jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root)]
-    for done, _ in enumerate(map_blocks(partial(_write_job, benchmark, str(root)), jobs), start=1):
-        on_block(done, len(jobs))
-    if audio_weights is None:
-        return
-    jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root, name)]
-    for done, _ in enumerate(map_blocks(partial(_feature_job, benchmark, str(root), audio_weights), jobs), start=1):
-        on_block(done, len(jobs))
+    with _tidied(benchmark, root):
+        # First of all: a missing file is told before hours of decoding.
+        name = "" if audio_weights is None else feature_name(audio_weights)
+        jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root)]
+        for done, _ in enumerate(map_blocks(partial(_write_job, benchmark, str(root)), jobs), start=1):
+            on_block(done, len(jobs))
+        if audio_weights is None:
+            return
+        jobs = [(split, block) for split in splits for block in missing_blocks(benchmark, split, root, name)]
+        for done, _ in enumerate(map_blocks(partial(_feature_job, benchmark, str(root), audio_weights), jobs), start=1):
+            on_block(done, len(jobs))
 
 
 def verify(benchmark: Benchmark, split: str, root: str | Path, features: str = "") -> None:
@@ -287,7 +297,7 @@ class DecodedSplit:
     def _mend(self, path: Path, block: int, features: str) -> None:
         """Puts a whole block in the place of a damaged one, from which processes that have it open go on reading."""
         if features:  # whose weights are not known here
-            raise InputError(f"the cache file {path} is damaged: its checksum differs; the same command again makes it anew")
+            raise OutageError(f"the cache file {path} is damaged: its checksum differs; the same command again makes it anew")
         _log.warning("%s is damaged (its checksum differs) and is rebuilt", path)
         _write_atomically(path, _encode(_records(self.benchmark, self.split, _blocks(self.benchmark, self.split)[block])))
 
@@ -296,6 +306,10 @@ def _blocks(benchmark: Benchmark, split: str) -> list[range]:
     """The positions that each block of a split holds."""
     count = len(benchmark.samples(split))
     return [range(start, min(start + BLOCK_CLIPS, count)) for start in range(0, count, BLOCK_CLIPS)]
+
+
+def _benchmark_folder(benchmark: Benchmark, root: str | Path) -> Path:
+    return Path(root) / f"{benchmark.name}-{benchmark.fingerprint()[:16]}"
 
 
 def _block_path(folder: Path, block: int, features: str = "") -> Path:
@@ -332,23 +346,53 @@ def _encode(records: np.ndarray) -> bytes:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    """Writes through a temporary file beside `path`, which is gone afterwards whatever happens."""
+    """Writes through a temporary file beside `path`, which is gone afterwards unless the process is killed."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, temporary = _new_part(path)
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out other users of a shared cache
-        os.replace(temporary, path)
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out other users of a shared cache
+            os.replace(temporary, path)  # while it is locked
     except OSError as error:
-        raise InputError(f"cannot write the cache folder {path.parent}: {error.strerror or error}") from error
+        kind = OutageError if error.errno in _FULL else InputError
+        raise kind(f"cannot write the cache folder {path.parent}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
+
+
+def _new_part(path: Path) -> tuple[int, str]:
+    """A temporary file beside `path`, under a lock that tells others that somebody writes it: its descriptor and its name."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_PART, dir=path.parent)
+        with suppress(OSError):  # a file system without locks, where nobody is taken for dead either
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return handle, name
+        os.close(handle)  # taken for a dead process's before it was locked
+
+
+@contextmanager
+def _tidied(benchmark: Benchmark, root: str | Path) -> Iterator[None]:
+    """Deletes what killed processes left half-written of a benchmark, before the block and after it."""
+    _clear_parts(benchmark, root)
+    try:
+        yield
+    finally:
+        _clear_parts(benchmark, root)
+
+
+def _clear_parts(benchmark: Benchmark, root: str | Path) -> None:
+    """Leaves alone what a living process writes, another build or one that mends a block."""
+    for path in _benchmark_folder(benchmark, root).glob(f"*/.*{_PART}"):
+        with suppress(OSError), open(path, "rb+") as file:  # of others, without locks, or another process was faster
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _fault(path: Path, record: np.dtype[np.void], count: int) -> str:

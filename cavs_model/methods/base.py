@@ -9,6 +9,7 @@ it is made.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,8 +34,8 @@ def knob(
 ) -> Any:
     """A hyper-parameter and the stages whose outcome it changes. Used as a dataclass field's default.
 
-    Valid values have the type of `default` (a whole number will do for a float, any memory-free method for a method) and are
-    one of `choices` or lie between the bounds, where these are given; of a tuple, each item does.
+    Valid values have the type of `default` (a whole number will do for a float, any method that `can_be_base` for a method) and
+    are one of `choices` or lie between the bounds, where these are given; of a tuple, each item does.
     """
     stages = (acts,) if isinstance(acts, str) else acts
     metadata = {"acts": stages, "choices": choices, "at_least": at_least, "at_most": at_most}
@@ -75,9 +76,19 @@ class Method(ABC):
         return False
 
     @property
+    def networks_after(self) -> tuple[str, ...]:
+        """The networks that `score_after` is given, those whose word it reads. Default: all that the method trains."""
+        return self.networks
+
+    @property
     def remembers(self) -> bool:
         """Whether the method keeps a memory at all."""
         return False
+
+    @property
+    def can_be_base(self) -> bool:
+        """Whether a method with a memory can train by this one's losses: they are all that it takes from it."""
+        return not self.remembers and type(self).training_task is Method.training_task
 
     def rows_expected(self, num_classes: int) -> int:
         """How many rows a task after so many foreground classes learns again, about; for estimates of time only."""
@@ -223,7 +234,7 @@ def _check(item: dataclasses.Field[Any], value: Any) -> None:
         if choices:
             return one in choices
         if isinstance(example, Method):
-            return isinstance(one, Method) and not one.remembers
+            return isinstance(one, Method) and one.can_be_base
         if isinstance(example, bool) or isinstance(one, bool):
             return isinstance(example, bool) and isinstance(one, bool)
         if not isinstance(one, (int, float) if isinstance(example, float) else type(example)):
@@ -237,9 +248,16 @@ def _check(item: dataclasses.Field[Any], value: Any) -> None:
     if choices:
         expected = "one of: " + ", ".join(map(str, choices))
     elif isinstance(example, Method):
-        expected = "a method that keeps no memory of its own"
+        expected = f"a method that keeps no memory of its own and learns one task at a time, such as: {', '.join(_bases())}"
     else:
         kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(example), type(example).__name__)
         bounds = [f"{word} {bound:g}" for word, bound in (("at least", at_least), ("at most", at_most)) if bound is not None]
         expected = " ".join(("a tuple, each item" if isinstance(default, tuple) else "", kind, " and ".join(bounds))).strip()
     raise InputError(f"method.{item.name} = {value!r}; expected {expected}")
+
+
+def _bases() -> list[str]:
+    """The files of this package, of those that are imported, whose method can be another's base."""
+    package = __name__.rpartition(".")[0]
+    kinds = [kind for kind in Method.__subclasses__() if kind.__module__.rpartition(".")[0] == package]
+    return sorted(kind.__module__.rpartition(".")[2] for kind in kinds if not inspect.isabstract(kind) and kind().can_be_base)

@@ -93,6 +93,10 @@ class EIR(Method):
         return True
 
     @property
+    def networks_after(self) -> tuple[str, ...]:
+        return ()  # the labels say it all
+
+    @property
     def remembers(self) -> bool:
         return True
 
@@ -245,9 +249,9 @@ class EIR(Method):
 
 def _pixels_per_class(predicted: Tensor, num_old: int) -> Tensor:
     """Pixels of each clip per old foreground class, int64 [B O - 1], from classes [B T H W], BACKGROUND for none."""
-    clip = torch.arange(len(predicted), device=predicted.device)[:, None]
-    index = (clip * num_old + predicted.flatten(1)).flatten()
-    return torch.bincount(index, minlength=len(predicted) * num_old).view(len(predicted), num_old)[:, 1:]
+    pixels = predicted.flatten(1)
+    counts = torch.zeros(len(pixels), num_old, dtype=torch.int64, device=pixels.device)
+    return counts.scatter_add_(1, pixels, torch.ones_like(pixels))[:, 1:]  # bincount would wait for the GPU in every step
 
 
 def components(mask: np.ndarray) -> int:

@@ -108,7 +108,7 @@ class AVSegmenter(nn.Module):
 
         InputError where a picture's side is not a multiple of 32 pixels, ValueError where no frame of the batch is real.
         """
-        frames = RealFrames.of(batch.real_frame)
+        frames = RealFrames.of(batch.real_frame, batch.real_frame_cpu)
         image = frames.select(batch.image)
         maps = self.visual_encoder(image if self.sees else torch.full_like(image, MID_GREY))
         audio = self._heard(batch, frames)

@@ -32,17 +32,17 @@ class RealFrames:
     counts: Tensor
 
     @staticmethod
-    def of(real_frame: Tensor) -> RealFrames:
-        """From Batch.real_frame, bool [B T]. ValueError where no frame at all is real.
+    def of(real_frame: Tensor, real_frame_cpu: Tensor | None = None) -> RealFrames:
+        """From Batch.real_frame, bool [B T], and its copy on the CPU. ValueError where no frame at all is real.
 
-        The mask is copied to the CPU once and everything is decided there: one synchronisation a forward pass on an accelerator
-        when T > 1, none when T = 1 (a clip without any frame does not exist).
+        Everything is decided on the CPU, so an accelerator is waited for only where T > 1 (a clip without any frame does not
+        exist) and there is no such copy yet.
         """
         clips, frames = real_frame.shape
         index = None
         counts = torch.full((clips,), float(frames), device=real_frame.device)
         if frames > 1:
-            mask = real_frame.cpu()
+            mask = real_frame.cpu() if real_frame_cpu is None else real_frame_cpu
             if not mask.all():
                 if not mask.any():
                     raise ValueError("a batch needs at least one real frame")

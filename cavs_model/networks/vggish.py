@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
 from cavs_model.errors import InputError
 from cavs_model.networks.weight_files import copy_weights, decode, read_bytes
+from cavs_model.worker import without_tf32
 
 AUDIO_DIM = 128
 VERSION = 1  # of what is computed here from a weight file: part of the name of what is kept
@@ -90,7 +91,7 @@ class FrozenVGGish(nn.Module):
         """
         if self.identify() != weights_digest(self.weights):
             raise InputError(f"audio_weights: {self.weights!r} is not the file that this network was trained with")
-        with torch.no_grad(), torch.autocast(audio.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(audio.device.type, enabled=False), without_tf32():
             return load_vggish(self.weights, audio.device)(audio.float())  # type: ignore[no-any-return]
 
 

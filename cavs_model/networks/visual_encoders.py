@@ -67,9 +67,7 @@ class VisualEncoder(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """InputError where a side is not a multiple of 32 pixels."""
-        height, width = image.shape[-2:]
-        if height % COARSEST_STRIDE or width % COARSEST_STRIDE or not height or not width:
-            raise InputError(f"image_size_px must be a multiple of {COARSEST_STRIDE}, got {height} x {width}")
+        check_sides(*image.shape[-2:])
         x = image.to(torch.float32, memory_format=torch.channels_last)
         return self.features((x - self.mean) / self.std)
 
@@ -266,6 +264,15 @@ VISUAL_ENCODERS: Mapping[str, type[VisualEncoder]] = {
     "pvt_v2_b5": PVTv2B5,
     "tiny": Tiny,
 }
+
+
+def check_sides(height: int, width: int) -> None:
+    """InputError unless pictures of this size have a whole number of cells at the coarsest stride, 32 pixels."""
+    if min(height, width) <= 0 or height % COARSEST_STRIDE or width % COARSEST_STRIDE:
+        raise InputError(
+            f"benchmark.image_size_px must be a multiple of {COARSEST_STRIDE}, the coarsest stride of every visual encoder, "
+            f"got {height} x {width}"
+        )
 
 
 def build_visual_encoder(name: str, weights: str) -> VisualEncoder:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from cavs_model.checkpoint import ABOUT, WEIGHTS, About, load, read, read_about, save
 from cavs_model.errors import InputError
 from cavs_model.networks.av_segmenter import NetworkConfig, build
+from cavs_model.networks.visual_encoders import VISUAL_ENCODERS
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY
 
 CONFIG = NetworkConfig(visual_encoder="tiny", visual_weights="none", audio_encoder="tiny", audio_dim=8, width=8)
@@ -34,6 +35,33 @@ def test_round_trip(tmp_path, network):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert not again.training
     assert not any(parameter.requires_grad for parameter in again.parameters())
+
+
+@pytest.mark.parametrize("encoder", VISUAL_ENCODERS)
+def test_loading_draws_nothing_and_leaves_nothing_undone(tmp_path, encoder):
+    """Parameters get no first weights on the way; what a checkpoint does not hold is made as ever."""
+    config = replace(CONFIG, visual_encoder=encoder)
+    torch.manual_seed(1)
+    model = build(config, 3, AUDIO_VISUAL)
+    save(tmp_path, model.state_dict(), About(AUDIO_VISUAL, 3, asdict(config)))
+    before = torch.get_rng_state()
+    again = load(tmp_path)
+    assert torch.equal(torch.get_rng_state(), before)
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(each, kind)()) for each in (again, model))
+        assert list(ours) == list(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        assert all(ours[name].stride() == theirs[name].stride() for name in ours)
+    assert len(set(dict(model.named_buffers())) - set(model.state_dict())) >= 2  # mean and std, at least
+
+
+def test_loading_may_draw_what_a_new_network_would(tmp_path):
+    model, _ = written(tmp_path)
+    after = torch.get_rng_state()  # `written` seeds and builds
+    torch.manual_seed(1)
+    again = load(tmp_path, draws=True)
+    assert torch.equal(torch.get_rng_state(), after)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 def test_the_files_are_tensors_and_json_and_no_others_remain(tmp_path):

@@ -1,8 +1,12 @@
 """The decoded cache: complete or refused, however it was interrupted; and batches against a loop over pixels."""
 
+import errno
+import fcntl
+import multiprocessing
 import os
 import pickle
 import resource
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 
@@ -23,7 +27,7 @@ from cavs_model.datasets.cache import (
     write_block,
 )
 from cavs_model.datasets.tones import Tones
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from cavs_model.networks.vggish import feature_name
 from cavs_model.types import IGNORE, LabelRule
 
@@ -186,7 +190,7 @@ def test_vectors_of_sound_with_a_flipped_bit_are_found_by_the_next_build(tmp_pat
     before = victim.read_bytes()
     flip_a_bit(victim)
     split = DecodedSplit(tones, "val", tmp_path, name)
-    with pytest.raises(InputError, match=victim.name):
+    with pytest.raises(OutageError, match=victim.name):  # it is over with the next build
         split.batch(split.sample_ids[:1], [False], [np.arange(256, dtype=np.uint8)])
     build(tones, ["val"], tmp_path, audio_weights="none")
     assert f"{victim} is damaged (its checksum differs) and will be rebuilt" in caplog.text
@@ -221,13 +225,21 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # the write itself fails half way, as on a full disk
     try:
-        with pytest.raises(InputError) as caught:
+        with pytest.raises(OutageError) as caught:
             write_block(TONES, "train", 0, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert str(cache_folder(TONES, "train", tmp_path)) in str(caught.value)
     assert block_files(tmp_path) == []
     assert missing_blocks(TONES, "train", tmp_path) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS])
+def test_only_a_full_disk_may_pass(tmp_path, monkeypatch, number):
+    monkeypatch.setattr(cache.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    with pytest.raises(InputError, match=f"cannot write the cache folder .*: {os.strerror(number)}") as caught:
+        write_block(TONES, "train", 0, tmp_path)
+    assert isinstance(caught.value, OutageError) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def test_an_interrupted_write_leaves_no_block(tmp_path, monkeypatch):
@@ -251,6 +263,76 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(cache.tempfile, "mkstemp", refused)  # file modes do not stop root, so the refusal is played
     with pytest.raises(InputError, match=r"cannot write the cache folder .*Permission denied"):
         build(TONES, ["train"], tmp_path)
+
+
+def parts(root):
+    return list(cache_folder(TONES, "train", root).glob(".*.part"))
+
+
+def _write_until_killed(root, mends):
+    """Half of a block, by a build or by a reader that mends it."""
+
+    def fsync(_):
+        (root / "began").touch()
+        time.sleep(600)
+
+    cache.os.fsync = fsync
+    DecodedSplit(TONES, "train", root).read([70]) if mends else write_block(TONES, "train", 1, root)
+
+
+@pytest.mark.parametrize("mends", [False, True])
+def test_what_a_killed_process_left_half_written_goes_with_the_next_build_and_no_living_ones(tmp_path, mends):
+    build(TONES, ["train"], tmp_path)
+    victim = block_files(tmp_path)[1]
+    if mends:
+        flip_a_bit(victim)
+    else:
+        victim.unlink()
+    child = multiprocessing.get_context("spawn").Process(target=_write_until_killed, args=(tmp_path, mends))
+    child.start()
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "began").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        [part] = parts(tmp_path)
+        build(TONES, ["train"], tmp_path)
+        assert parts(tmp_path) == [part]
+    finally:
+        child.kill()  # SIGKILL
+        child.join()
+        child.close()
+    assert parts(tmp_path) == [part]
+    build(TONES, ["train"], tmp_path)
+    assert len(block_files(tmp_path)) == 3
+
+
+def test_who_is_taken_for_dead_before_the_lock_is_held_begins_anew(tmp_path, monkeypatch):
+    real, taken = fcntl.flock, []
+
+    def late(file, how):
+        if not taken:
+            [part] = parts(tmp_path)
+            part.unlink()
+            taken.append(part)
+        return real(file, how)
+
+    monkeypatch.setattr(cache.fcntl, "flock", late)
+    write_block(TONES, "train", 0, tmp_path)
+    assert taken
+    assert missing_blocks(TONES, "train", tmp_path) == [1, 2]
+    assert parts(tmp_path) == []
+
+
+def test_without_locks_blocks_are_written_and_nobody_is_taken_for_dead(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache.fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOLCK, "No locks available")))
+    folder = cache_folder(TONES, "train", tmp_path)
+    folder.mkdir(parents=True)
+    left = folder / ".clips-v1-00000.npy.abc.part"
+    left.write_bytes(b"half")
+    build(TONES, ["train"], tmp_path)
+    assert missing_blocks(TONES, "train", tmp_path) == []
+    assert parts(tmp_path) == [left]
 
 
 def test_leftovers_of_a_killed_writer_are_not_blocks(tmp_path):

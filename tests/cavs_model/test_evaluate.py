@@ -11,12 +11,24 @@ from test_worker import CPU, TINY
 from cavs_model.checkpoint import About, Checkpoint
 from cavs_model.datasets.cache import open_split
 from cavs_model.datasets.tones import Tones
-from cavs_model.evaluate import Data, EvaluateJob, ScoreJob, evaluate, frozen, passes, score_samples
+from cavs_model.evaluate import (
+    ConsolidateJob,
+    Data,
+    EvaluateJob,
+    ScoreJob,
+    evaluate,
+    frozen,
+    measure_samples,
+    passes,
+    score_samples,
+)
 from cavs_model.methods.cmr import CMR
+from cavs_model.methods.eir import EIR
+from cavs_model.methods.ewc import EWC
 from cavs_model.metrics import frame_sums
 from cavs_model.networks.av_segmenter import build
 from cavs_model.scenario import Scenario
-from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, ScoreTable
+from cavs_model.types import AUDIO_VISUAL, IGNORE, VISUAL_ONLY, Batch, ScoreTable
 from cavs_model.worker import arithmetic
 
 PLAIN = Tones(train_clips=22, val_clips=11, test_clips=11)
@@ -130,6 +142,12 @@ def test_scores_are_the_same_however_they_are_shared(benchmark, stage):
         assert ScoreTable.concatenate(parts) == whole
 
 
+def test_scores_of_labels_need_no_network():
+    job = ScoreJob("after", EIR(), SCENARIO.tasks(PLAIN)[1], data(PLAIN), BATCH_SIZE, "fp32")
+    assert EIR().networks_after == ()
+    assert score_samples(job, {}, job.sample_ids, CPU).columns["components_3"]
+
+
 def test_scores_see_the_labels_of_the_task():
     task = SCENARIO.tasks(AWKWARD)[1]
     seen = []
@@ -169,3 +187,36 @@ def test_a_frozen_network_reads_only_but_serves_a_loss():
     ours = torch.ones_like(prediction.logits, requires_grad=True)
     (ours * prediction.logits).sum().backward()  # an inference tensor could not be saved for this
     assert torch.equal(ours.grad, prediction.logits)
+
+
+def test_frozen_networks_and_measures_of_parameters_are_in_fp32_proper():
+    seen = []
+    model = random_checkpoint(AUDIO_VISUAL, 3).model()
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    split = open_split(PLAIN, "val", "")
+    for precision in ("fp32", "bf16"):
+        for batch in passes(split, split.sample_ids[:1], np.arange(256, dtype=np.uint8), 1, CPU):
+            frozen(model, arithmetic(precision, CPU))(batch)
+    assert seen == [False, True]
+
+    class Looks(EWC):
+        def measure(self, network, parameters, clip, task):
+            seen.append(torch.backends.cudnn.allow_tf32)
+            return super().measure(network, parameters, clip, task)
+
+    job = ConsolidateJob(Looks(), SCENARIO.tasks(PLAIN)[0], data(PLAIN), "fp32")
+    seen.clear()
+    measure_samples(job, random_checkpoint(AUDIO_VISUAL, 3), job.chunks[0][:2], CPU)
+    assert seen == [False, False]
+    assert torch.backends.cudnn.allow_tf32
+
+
+def test_passes_pin_what_goes_to_a_gpu(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(Batch, "to", lambda self, device: self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self.is_contiguous()) or self.clone())
+    split = open_split(AWKWARD, "val", "")
+    for device, times in ((CPU, 0), (torch.device("cuda", 0), 2 * 6)):  # batches, tensors of one
+        batches = list(passes(split, split.sample_ids[:5], np.arange(256, dtype=np.uint8), 4, device))
+        assert [len(batch) for batch in batches] == [4, 1]
+        assert pinned == [True] * times

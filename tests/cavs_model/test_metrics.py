@@ -93,6 +93,28 @@ def test_confusion_refuses_labels_beyond_the_classes():
     prediction, label = scene()
     with pytest.raises(ValueError, match="beyond the 3 classes"):
         confusion(prediction % 3, label, 3)
+    for wrong in (3, 4, 200, 254):
+        with pytest.raises(ValueError, match="beyond the 3 classes"):
+            confusion(torch.zeros(1, dtype=torch.int64), torch.tensor([wrong], dtype=torch.uint8), 3)
+
+
+def test_confusion_takes_no_notice_of_what_is_said_where_nothing_is_labelled():
+    label = torch.tensor([[IGNORE, 0], [1, IGNORE]], dtype=torch.uint8)
+    assert confusion(torch.tensor([[7, 1], [0, 9]]), label, 2).tolist() == [[0, 1], [1, 0]]
+    nothing = torch.zeros(0, 1, 1, dtype=torch.int64)
+    assert confusion(nothing, nothing, 2).tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 25, 254])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_confusion_equals_a_loop(classes, dtype):
+    draw = torch.Generator().manual_seed(classes)
+    prediction, label = (torch.randint(classes, (3, 1, 5, 7), generator=draw) for _ in range(2))
+    label[torch.rand(label.shape, generator=draw) < 0.3] = IGNORE
+    expected = torch.zeros(classes, classes, dtype=torch.int64)
+    for true, said in labelled(prediction, label):
+        expected[true, said] += 1
+    assert torch.equal(confusion(prediction.to(dtype), label.to(torch.uint8), classes), expected)
 
 
 def test_iou_per_class():

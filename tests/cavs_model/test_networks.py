@@ -19,7 +19,7 @@ from cavs_model.networks.audio_encoders import AUDIO_ENCODERS, build_audio_encod
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig, build
 from cavs_model.networks.fusion import TPAVI, DilatedSum, RealFrames
 from cavs_model.networks.growing_classifier import GrowingClassifier
-from cavs_model.networks.visual_encoders import build_visual_encoder
+from cavs_model.networks.visual_encoders import build_visual_encoder, check_sides
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, Batch
 
 NETWORKS = (AUDIO_VISUAL, VISUAL_ONLY)
@@ -157,6 +157,16 @@ def test_real_frames_go_out_and_back() -> None:
     assert everything.select(x).data_ptr() == x.data_ptr() == everything.scatter(everything.select(x)).data_ptr()
     with pytest.raises(ValueError, match="real frame"):
         RealFrames.of(torch.zeros(2, 3, dtype=torch.bool))
+
+
+def test_real_frames_are_known_without_asking_the_device() -> None:
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    frames = RealFrames.of(real.to("meta"), real)
+    assert frames.index is not None
+    assert (frames.index.device.type, frames.counts.device.type) == ("meta", "meta")
+    assert len(frames.index) == 3
+    with pytest.raises(NotImplementedError):
+        RealFrames.of(real.to("meta"))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -441,8 +451,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_image_size_must_be_a_multiple_of_32() -> None:
-    with pytest.raises(InputError, match="image_size_px must be a multiple of 32, got 48 x 48"):
+    with pytest.raises(InputError, match=r"benchmark\.image_size_px must be a multiple of 32, .* got 48 x 48"):
         build(TINY, 3, AUDIO_VISUAL)(make_batch(size=48))
+    for sides in ((0, 32), (32, -32), (32, 48)):
+        with pytest.raises(InputError):
+            check_sides(*sides)
+    check_sides(32, 64)
 
 
 def test_default_widths_follow_the_ratios() -> None:

@@ -199,6 +199,15 @@ def test_autocast_does_not_change_what_is_heard():
     assert torch.equal(rough, encoder(audio))
 
 
+def test_what_is_heard_is_in_fp32_proper_like_what_is_kept(monkeypatch):
+    seen, network = [], load_vggish("none", CPU)
+    handle = network.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    FrozenVGGish("none")(seconds(1))
+    handle.remove()
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_it_pickles_and_copies():
     model = av_segmenter.build(HEARS, 3, AUDIO_VISUAL)
     content = pickle.dumps(model)

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
+import threading
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +26,8 @@ from cavs_model.methods.plop import PLOP
 from cavs_model.methods.replay import Replay
 from cavs_model.networks.av_segmenter import build
 from cavs_model.scenario import Scenario
-from cavs_model.train import TEACHER_COST, DivergedError, Schedule, Seeds, TaskJob, global_means, train_task
-from cavs_model.types import AUDIO_VISUAL, BACKGROUND, IGNORE, VISUAL_ONLY, Mean, Row
+from cavs_model.train import TEACHER_COST, Adam, DivergedError, Schedule, Seeds, TaskJob, global_means, train_task
+from cavs_model.types import AUDIO_VISUAL, BACKGROUND, IGNORE, VISUAL_ONLY, Batch, Mean, Row
 from cavs_model.worker import LocalWorker, epoch_batches
 
 TONES = Tones(train_clips=26, val_clips=8, test_clips=4, short_clips=True)
@@ -248,12 +251,12 @@ def test_a_mean_over_nothing_is_zero():
 def test_the_learning_rate_of_every_step(base, tmp_path, monkeypatch, decay):
     rates = []
 
-    class Watched(torch.optim.Adam):
+    class Watched(Adam):
         def step(self, closure=None):
             rates.append(self.param_groups[0]["lr"])
             return super().step(closure)
 
-    monkeypatch.setattr(torch.optim, "Adam", Watched)
+    monkeypatch.setattr("cavs_model.train.Adam", Watched)
     trained(later_job(tmp_path, base, Finetune(), schedule=replace(SCHEDULE, decay=decay)))
     steps = 2 * -(-len(LATER.train) // BATCH_SIZE)
     cosine = [1e-3 * math.cos(math.pi * step / steps / 2) ** 2 for step in range(steps)]
@@ -296,6 +299,29 @@ def test_a_teacher_runs_only_where_the_method_reads_it(base, tmp_path, monkeypat
         assert seen
         assert all(each is alone for each in seen)
         assert job.cost_per_clip == (1.0 if alone else TEACHER_COST)
+
+
+@dataclass(frozen=True)
+class Products(Finetune):
+    """Fine-tuning that notes, forward and backward, whether cuDNN may round to TF32."""
+
+    allowed: ClassVar[list] = []
+    needs_teacher = True
+
+    def loss(self, step):
+        step.student.logits.register_hook(lambda gradient: self.allowed.append(torch.backends.cudnn.allow_tf32))
+        self.allowed.append(torch.backends.cudnn.allow_tf32)
+        return super().loss(step)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fp32_is_not_tf32_in_any_pass_and_the_setting_stays(base, tmp_path, precision):
+    Products.allowed.clear()
+    assert torch.backends.cudnn.allow_tf32
+    trained(later_job(tmp_path, base, Products(), precision=precision))
+    steps = 2 * -(-len(LATER.train) // BATCH_SIZE)
+    assert Products.allowed == [precision != "fp32"] * 2 * steps
+    assert torch.backends.cudnn.allow_tf32
 
 
 # Chance.
@@ -396,6 +422,32 @@ def test_best_val_keeps_the_epoch_with_the_best_iou_of_current_classes(tmp_path,
     assert len(scores) == len(about.history) == 10
     assert scores[best] > scores[-1]
     assert same(chosen, keeper.epochs[best])
+
+
+def test_best_val_without_a_current_class_in_validation_keeps_the_last_epoch_and_says_so_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("cavs_model.train.iou", lambda counts: torch.full((len(counts),), math.nan))
+    schedule = replace(SCHEDULE, base_epochs=3, selection="best_val", selection_from=0.0)
+    reports, keeper = [], Keeper()
+    chosen, _ = trained(base_job(tmp_path, schedule=schedule, label="seed 0"), keeper)
+    assert same(chosen, keeper.epochs[-1])
+    trained(base_job(tmp_path, schedule=schedule, label="seed 0"), LocalWorker(on_report=reports.append))
+    notes = [each for each in reports if each["kind"] == "note"]
+    assert [each["label"] for each in notes] == ["seed 0"]
+    assert "seed 0: schedule.selection = best_val, and validation shows no current class" in notes[0]["text"]
+
+
+def test_batches_are_pinned_where_the_worker_has_a_gpu(base, tmp_path, monkeypatch):
+    """Without a GPU to be had: what is seen is who is asked to pin, in which thread."""
+    asked = []
+
+    def pinned_for(batch, device):
+        asked.append((device, threading.current_thread().name))
+        return batch
+
+    monkeypatch.setattr(Batch, "pinned_for", pinned_for)
+    trained(later_job(tmp_path, base, PLOP(), schedule=replace(SCHEDULE, epochs=1)))
+    steps = -(-len(LATER.train) // BATCH_SIZE)
+    assert asked == [(torch.device("cpu"), "prefetch")] * 2 * steps  # the thresholds' pass, and training
 
 
 # What is refused.
@@ -670,3 +722,32 @@ def test_weights_that_are_no_numbers_after_the_last_step_end_the_task(tmp_path):
     with pytest.raises(DivergedError, match=r"seed 0: .* is not finite after epoch 2 of 2"):
         train_task(base_job(tmp_path / "none", method=Jump(), label="seed 0"), LocalWorker())
     assert not (tmp_path / "none").exists()
+
+
+def test_adam_takes_torchs_steps_to_the_bit_and_leaves_the_compiler_alone():
+    """The trap: torch's own imports its compiler when it is made, some 0.9 s of every process that trains."""
+    code = """if True:
+        import sys, torch
+        from cavs_model.train import Adam
+        torch.manual_seed(0)
+        ours, theirs = ([torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Parameter(torch.ones(4))] for _ in range(2))
+
+        def stepped(optimiser, parameters):
+            generator = torch.Generator().manual_seed(0)
+            for _ in range(3):
+                optimiser.zero_grad(set_to_none=True)
+                sum((each * torch.randn(each.shape, generator=generator)).sum() for each in parameters).backward()
+                optimiser.step()
+            return parameters
+
+        made = Adam(ours, lr=1e-2, fused=True)
+        stepped(made, ours)
+        assert not any(each.requires_grad for state in made.state.values() for each in state.values())
+        assert "torch._dynamo" not in sys.modules
+        stepped(torch.optim.Adam(theirs, lr=1e-2, fused=True), theirs)
+        assert "torch._dynamo" in sys.modules
+        assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+        assert not torch.equal(ours[0], torch.ones(3, 4))
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert issubclass(Adam, torch.optim.Adam)

@@ -35,10 +35,28 @@ def test_a_batch_moves_as_a_whole():
     moved = given.to("meta")
     assert len(moved) == len(given) == 4
     assert moved.sample_id == given.sample_id
-    tensors = [value for item in fields(moved) if isinstance(value := getattr(moved, item.name), torch.Tensor)]
-    assert len(tensors) == 6
-    assert all(tensor.device.type == "meta" for tensor in tensors)
+    tensors = {item.name: value for item in fields(moved) if isinstance(value := getattr(moved, item.name), torch.Tensor)}
+    assert len(tensors) == 7
+    assert tensors.pop("real_frame_cpu") is given.real_frame  # so that nobody asks the device for it
+    assert all(tensor.device.type == "meta" for tensor in tensors.values())
     assert given.image.device.type == "cpu"
+    assert moved.to("meta").real_frame_cpu is given.real_frame
+    assert given.to("cpu").real_frame_cpu is None
+    assert replace(given, real_frame=given.real_frame.to("meta")).to("meta").real_frame_cpu is None
+
+
+def test_a_batch_is_pinned_for_a_gpu_alone(monkeypatch):
+    given = replace(batch(), image=batch().image[:, :2])
+    assert given.pinned_for(torch.device("cpu")) is given
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    pinned = given.pinned_for(torch.device("cuda", 1))
+    assert pinned.real_frame_cpu is None
+    for item in fields(given):
+        before, after = getattr(given, item.name), getattr(pinned, item.name)
+        if isinstance(before, torch.Tensor):
+            assert torch.equal(after, before)
+            assert after is not before
+            assert after.is_contiguous()
 
 
 def test_a_batch_drops_the_frames_that_pad_every_clip():

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -25,6 +26,7 @@ from cavs_model.worker import (
     my_part,
     prefetch,
     synchronise_batch_norm,
+    without_tf32,
 )
 
 CPU = torch.device("cpu")
@@ -41,7 +43,8 @@ class GlooWorker:
     reports: list = field(default_factory=list)
 
     def wrap(self, model):
-        return DistributedDataParallel(synchronise_batch_norm(model, self.device), broadcast_buffers=False)
+        model = synchronise_batch_norm(model, self.device)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def all_reduce(self, value):
         total = value.clone()
@@ -191,6 +194,23 @@ def test_arithmetic_is_that_of_the_products(precision, dtype):
     assert layer.weight.dtype == torch.float32
     with numbers.autocast():
         assert layer(torch.ones(1, 2, 4, 4)).dtype == dtype
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_plain_fp32_is_not_tf32_and_the_setting_comes_back(monkeypatch, before):
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", before)
+    with arithmetic("bf16", CPU).exact():
+        assert cudnn.allow_tf32 == before
+    with arithmetic("fp32", CPU).exact():
+        assert not cudnn.allow_tf32
+        with arithmetic("fp32", CPU).exact():  # as a frozen network's pass within a task
+            assert not cudnn.allow_tf32
+        assert not cudnn.allow_tf32
+    assert cudnn.allow_tf32 == before
+    with suppress(InputError), without_tf32():
+        raise InputError("in the middle")
+    assert cudnn.allow_tf32 == before
 
 
 def test_the_local_worker_is_alone():

@@ -212,6 +212,8 @@ def test_a_value_of_the_wrong_type_names_the_path_and_what_is_valid(path, value,
         ({"schedule.selection_from": 1}, "schedule.selection_from"),
         ({"resources.workers": 0}, "resources.workers"),
         ({"resources.gpus_per_worker": 1.5}, "resources.gpus_per_worker"),
+        ({"resources.gpus_per_worker": -1}, "resources.gpus_per_worker"),
+        ({"resources.gpus_per_worker": 0.5, "resources.workers": 2}, r"resources.gpus_per_worker .* resources.workers is 2"),
         ({"network.width": 3}, "network.width"),
         ({"network.dilations": ""}, "network.dilations"),
         ({"benchmark.frames": 99}, "benchmark.frames"),
@@ -220,6 +222,7 @@ def test_a_value_of_the_wrong_type_names_the_path_and_what_is_valid(path, value,
         ({"method.base.pod_weight": -1}, "method.base.pod_weight"),
         ({"method.base": "cmr"}, "method.base"),
         ({"method.base": Replay()}, "method.base"),
+        ({"method.base": "joint"}, "method.base = .*such as: ewc, finetune, ilt, lwf, lwf_mc, mib, plop"),
         ({"seeds": "1,1"}, "seeds"),
         ({"seeds": ""}, "seeds"),
         ({"seeds": "-1"}, "seeds"),
@@ -231,6 +234,13 @@ def test_a_value_of_the_wrong_type_names_the_path_and_what_is_valid(path, value,
 def test_what_a_dataclass_refuses_is_an_input_error_that_names_the_path(changes, path):
     with pytest.raises(InputError, match=path):
         override(Experiment(), changes)
+
+
+def test_a_gpu_is_shared_by_jobs_of_one_worker_alone():
+    shared = override(Experiment(), {"resources.gpus_per_worker": 0.5})
+    assert shared.resources == Resources(gpus_per_worker=0.5)
+    apart = override(Experiment(), {"resources.workers": 2, "resources.gpus_per_worker": 1})
+    assert apart.resources == Resources(workers=2, gpus_per_worker=1.0)
 
 
 @pytest.mark.parametrize("text", ["", "=", "=1", "schedule.epochs", "--trials"])
@@ -304,7 +314,7 @@ OTHER_EXPERIMENTS = [
     dataclasses.replace(
         Experiment(), method=CMR(base=Finetune(), delta="sum_released"), benchmark=Tones(short_clips=True), init_seed=3
     ),
-    dataclasses.replace(Experiment(), method=PLOP(pod_scales=(2,)), resources=Resources(2, 2, 0.5), precision="fp32"),
+    dataclasses.replace(Experiment(), method=PLOP(pod_scales=(2,)), resources=Resources(1, 2, 0.5), precision="fp32"),
 ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ import ray
 import torch
 from ray.util import placement_group_table
 from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.state import list_actors
 
 from cavs_model import checkpoint
 from cavs_model.datasets.cache import cache_folder, missing_blocks
@@ -31,7 +34,7 @@ from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.orphans import remove_orphans
 from orchestrator.progress import Event
-from orchestrator.ray_backend import Cluster, RayBackend, connected, drain, in_an_actor, new_mailbox
+from orchestrator.ray_backend import Cluster, Node, RayBackend, connected, drain, how_many_fit, in_an_actor, new_mailbox
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
 from search_spaces.tones import BASE
@@ -188,6 +191,9 @@ def test_bad_input_in_a_worker_is_told_as_itself(
     job = EvaluateJob("val", ("val-00000",), outcomes[0].task.seen_rule, outcomes[0].task.num_classes, _data(), 8, "fp32")
     with pytest.raises(InputError, match="does not fit its description"):
         backend.evaluate(job, str(path))
+    measured = ConsolidateJob(EWC(), outcomes[0].task, _data(), "fp32", str(tmp_path / "state"))
+    with pytest.raises(InputError, match="does not fit its description"):
+        backend.consolidate(measured, str(path), None)
     task = outcomes[1].task
     train = TaskJob(
         "audio_visual", task, _data(), (), CMR(), SHORT.network, SHORT.schedule, "fp32", SHORT.seeds_of(0),
@@ -301,6 +307,71 @@ def test_what_does_not_fit_the_cluster_is_told_at_once(cluster: Cluster) -> None
     assert cluster.concurrent_jobs(Resources()) == int(cluster.cpus)
     half = dataclasses.replace(cluster, gpus=1.0)
     assert half.concurrent_jobs(Resources(gpus_per_worker=0.5)) == min(2, int(cluster.cpus))
+    assert dataclasses.replace(half, cpus=64).concurrent_jobs(Resources(gpus_per_worker=0.2)) == 5
+
+
+@pytest.mark.parametrize(
+    ("there", "each", "count"),
+    [(1.0, 0.2, 5), (1.0, 0.1, 10), (0.3, 0.1, 3), (1.0, 1 / 3, 3), (1.0, 0.3, 3), (1.0, 0.34, 2), (0.0, 0.5, 0), (7, 2, 3)],
+)
+def test_rounding_loses_no_room(there: float, each: float, count: int) -> None:
+    """The trap: 1.0 // 0.2 is 4.0."""
+    assert how_many_fit(there, each) == count
+    assert Node("1" * 40, "here", 64, there).room(1, each) == count
+    assert Node("1" * 40, "here", 2, there).room(2, each) == min(1, count)
+    assert Node("1" * 40, "here", 4, 0).room(1, 0) == 4
+
+
+def test_gpus_get_about_a_chunk_each_and_cores_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process with a GPU ends with its chunk: a second round would start processes anew."""
+    monkeypatch.setattr("orchestrator.ray_backend.resources", lambda: {"CPU": 8.0, "GPU": 4.0})
+    abouts, chunks = [checkpoint.About("audio_visual", 5, {})], tuple((str(place),) for place in range(10))
+    for gpus, places in ((1.0, 4), (0.5, 8), (2.0, 4), (0.0, 16)):
+        backend = RayBackend(tmp_path, tmp_path, Resources(gpus_per_worker=gpus))
+        for clips in (1, 7, 101, 1600):
+            size = backend._chunk_clips(abouts, clips, 4)
+            assert size % 4 == 0
+            assert -(-clips // size) <= places
+            assert size <= clips / places + 4
+        assert backend._chunk_clips([], 1600, 4) == 100  # no network, no GPU
+        portions = backend._portions(chunks)
+        assert sum(portions, ()) == chunks
+        assert len(portions) <= places if gpus else [len(portion) for portion in portions] == [1] * 10
+        assert backend._portions(()) == []
+
+
+def test_a_process_with_a_gpu_ends_with_its_task_and_one_without_stays() -> None:
+    """On a cluster that is told of a GPU: what runs does not look for it."""
+    code = """if True:
+        import os, ray, numpy as np
+        from pathlib import Path
+        from orchestrator.experiment import Resources
+        from orchestrator.ray_backend import RayBackend, _get, in_a_worker
+
+        def whole(job, models, chunk, gpus):
+            return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES"), gpus
+
+        def by_parts(job, models, chunks, gpus):
+            for chunk in chunks:
+                yield os.getpid(), np.full(200_000, chunk)  # larger than what is sent without the object store
+
+        ray.init("local", num_cpus=1, num_gpus=1, include_dashboard=False, logging_level="ERROR")
+        network = {"": None}
+        for gpus, models, alive in ((1.0, network, False), (0.5, network, False), (0.5, {}, True), (0.0, network, True)):
+            backend = RayBackend(Path(), Path(), Resources(gpus_per_worker=gpus))
+            seen = [_get(backend._submit(whole, None, ["x"], models, "")[0]) for _ in range(3)]
+            assert {each[1:] for each in seen} == ({(None, 0.0)} if alive else {("0", gpus)}), seen
+            assert len({process for process, *_ in seen}) == (1 if alive else 3), seen
+            streams = backend._submit(by_parts, None, [(1, 2), (3,)], models, "")
+            parts = [_get(reference) for stream in streams for reference in stream]
+            assert [values.sum() for _, values in parts] == [200_000, 400_000, 600_000]
+            assert parts[0][0] == parts[1][0]
+            assert (parts[0][0] == parts[2][0]) == alive
+            if models:
+                assert (in_a_worker(os.getpid, backend.resources) == in_a_worker(os.getpid, backend.resources)) == alive
+        ray.shutdown()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_fit_takes_the_workers_that_fit_the_nodes_alive_and_waits_for_the_least(
@@ -358,6 +429,13 @@ def test_controllers_leave_the_logging_of_their_process_alone(
     logs = [path.name for path in (session / "logs" / "train").glob("*")]
     assert any("worker" in name for name in logs)  # fits ran, and this is where their logs lie
     assert not [name for name in logs if "controller" in name]
+
+
+def test_a_fit_starts_no_process_that_nobody_asks(on_ray: tuple[list[TaskOutcome], RayBackend], cluster: Cluster) -> None:
+    """By default Ray Train starts four for a fit besides its workers, each of which imports for one or two seconds."""
+    started = {each.class_name for each in list_actors(cluster.address, limit=10_000)}
+    assert {"RayTrainWorker", "SynchronizationActor"} <= started
+    assert not {name for name in started if "Controller" in name or "Cleaner" in name or "Dataset" in name or "Watcher" in name}
 
 
 @ray.remote(num_cpus=0)

@@ -4,6 +4,8 @@ import ast
 import dataclasses
 import shutil
 import sys
+import textwrap
+import types
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,6 +142,107 @@ def test_a_file_outside_of_the_package_counts(copy, tmp_path, monkeypatch):
     before = code_of(Elsewhere())
     edited(mine)
     assert code_of(Elsewhere()) != before
+
+
+HELPERS = {
+    "mine.py": """
+        import helper, json
+        from tools.maths import f
+        from cavs_model.methods.plop import PLOP
+        from cavs_model.methods.finetune import Finetune
+
+        try:
+            from . import never
+        except ImportError:
+            pass
+
+        class Mine(Finetune):
+            def loss(self, step):
+                import late
+    """,
+    "helper.py": "import deeper\nfrom orchestrator import stream",
+    "deeper.py": "import helper  # in a circle",
+    "late.py": "",
+    "tools/__init__.py": "",
+    "tools/maths.py": "from .more import f",
+    "tools/more.py": "import beside\nf = 1",
+    "beside.py": "",
+    "unused.py": "",
+    "tools/unused.py": "",
+    "orchestrator/stream.py": "",
+    "json/__init__.py": "",  # what lies beside may be what is imported
+}
+
+
+def written(folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(textwrap.dedent(text))
+    forget()
+
+
+def matter(folder, thing):
+    """The files below a folder whose edit changes `code_of` of a thing."""
+    found = set()
+    for path in sorted(folder.rglob("*.py")):
+        text, before = path.read_text(), code_of(thing)
+        edited(path)
+        if code_of(thing) != before:
+            found.add(str(path.relative_to(folder)))
+        path.write_text(text)
+        forget()
+    return found
+
+
+def thing_of(monkeypatch, name, path):
+    """A method whose class stands in the module `name`, that was loaded from `path`."""
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(__file__=str(path)))
+    return type("Mine", (Finetune,), {"__module__": name})()
+
+
+def test_what_a_file_outside_imports_from_beside_it_counts(tmp_path, monkeypatch):
+    written(tmp_path, HELPERS)
+    expected = {"mine.py", "helper.py", "deeper.py", "late.py", "tools/__init__.py", "tools/maths.py", "tools/more.py"}
+    for name in ("mine", "__main__"):
+        mine = thing_of(monkeypatch, name, tmp_path / "mine.py")
+        assert matter(tmp_path, mine) == expected | {"beside.py", "json/__init__.py"}
+        assert code_of(mine) != code_of(thing_of(monkeypatch, name, tmp_path / "unused.py"))
+
+
+def test_what_a_file_outside_imports_of_the_science_counts(copy, tmp_path, monkeypatch):
+    written(tmp_path / "elsewhere", {"mine.py": "import helper", "helper.py": "from cavs_model.methods import ewc"})
+    mine = thing_of(monkeypatch, "mine", tmp_path / "elsewhere" / "mine.py")
+    assert "methods/ewc.py" in files_of(mine)
+    assert "methods/ewc.py" not in files_of(Finetune())
+
+
+def test_of_a_package_outside_its_own_files_count(tmp_path, monkeypatch):
+    written(
+        tmp_path,
+        {
+            "theirs/__init__.py": "from theirs import common",
+            "theirs/common.py": "",
+            "theirs/methods/mine.py": "from ..common import f\nfrom . import helper\nimport theirs.more.deep\nimport outside",
+            "theirs/methods/helper.py": "",
+            "theirs/more/deep.py": "",
+            "theirs/unused.py": "",
+            "outside.py": "",
+        },
+    )
+    used = {"common.py", "methods/mine.py", "methods/helper.py", "more/deep.py"}
+    mine = thing_of(monkeypatch, "theirs.methods.mine", tmp_path / "theirs/methods/mine.py")
+    assert matter(tmp_path, mine) == {f"theirs/{name}" for name in used | {"__init__.py"}}
+    whole = thing_of(monkeypatch, "theirs", tmp_path / "theirs/__init__.py")
+    assert matter(tmp_path, whole) == {"theirs/__init__.py", "theirs/common.py"}
+
+
+def test_what_is_installed_beside_a_file_does_not_count(tmp_path, monkeypatch):
+    folder = tmp_path / "lib/site-packages"
+    written(
+        folder, {"mine.py": "import helper", "helper.py": "", "theirs/mine.py": "from . import helper", "theirs/helper.py": ""}
+    )
+    assert matter(folder, thing_of(monkeypatch, "mine", folder / "mine.py")) == {"mine.py"}
+    assert matter(folder, thing_of(monkeypatch, "theirs.mine", folder / "theirs/mine.py")) == {"theirs/mine.py"}
 
 
 def test_the_science_imports_by_statements_alone():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -25,6 +26,7 @@ from cavs_model.methods.replay import Replay
 from cavs_model.metrics import frame_summary
 from cavs_model.networks.av_segmenter import NetworkConfig
 from cavs_model.networks.vggish import FrozenVGGish, feature_name
+from cavs_model.networks.visual_encoders import build_visual_encoder
 from cavs_model.scenario import Scenario
 from cavs_model.train import Schedule, TaskJob
 from cavs_model.types import AUDIO_VISUAL, VISUAL_ONLY, ScoreTable
@@ -243,6 +245,38 @@ def test_eir_learns_its_memory_within_the_new_samples(runs, folder, activation):
         }
         assert set(memory.by_class) == set(range(1, before.task.num_classes))
         assert outcome.trained[AUDIO_VISUAL].history[0]["distillation"] > 0
+
+
+def test_scores_of_labels_alone_are_shared_by_all_seeds_and_precisions(folder, monkeypatch):
+    experiment = replace(EXPERIMENT, method=EIR(samples_per_class=2))
+    first = run(experiment, folder)
+    built = []
+    load = checkpoint.Checkpoint.model
+    monkeypatch.setattr(checkpoint.Checkpoint, "model", lambda self, draws=False: built.append(self) or load(self, draws))
+    other = run(replace(experiment, precision="bf16"), folder, seed=1)
+    for task in (0, 1):
+        assert other.addresses("score", task, "after") == first.addresses("score", task, "after")
+    assert other.addresses("score", 1, "before") != first.addresses("score", 1, "before")
+    built.clear()
+    fresh = LocalBackend(folder / "cache")
+    job = next(job for job in first.jobs("score") if job.stage == "after")
+    assert fresh.score(job, {}) == first.outcomes[0].after
+    assert not built
+
+
+def test_a_weight_file_of_another_name_changes_no_address_of_any_task(folder, tmp_path):
+    torch.save(build_visual_encoder("tiny", "none").state_dict(), tmp_path / "one.pt")
+    shutil.copy(tmp_path / "one.pt", tmp_path / "other.pt")
+    found = []
+    for name in ("one.pt", "other.pt"):
+        weights = replace(EXPERIMENT.network, visual_weights=str(tmp_path / name))
+        found.append(run(replace(EXPERIMENT, network=weights), folder))
+    one, other = found
+    assert [key for _, _, key in other.asked] == [key for _, _, key in one.asked]
+    assert other.store.reuse.computed == 0
+    job = one.jobs("train")[-1]
+    assert job.start
+    assert train_key(replace(job, config=EXPERIMENT.network)) == train_key(job)
 
 
 # Memory.
@@ -566,4 +600,12 @@ def test_missing_weights_are_told_before_anything_is_prepared(change, message):
     watched = Watched(None)
     with pytest.raises(InputError, match=message):
         next(run_stream(replace(EXPERIMENT, network=replace(EXPERIMENT.network, **change)), 0, watched))
+    assert watched.asked == []
+
+
+def test_pictures_of_a_size_that_no_encoder_takes_are_told_before_anything_is_prepared():
+    watched = Watched(None)
+    odd = replace(EXPERIMENT, benchmark=replace(EXPERIMENT.benchmark, image_size_px=48))
+    with pytest.raises(InputError, match=r"benchmark\.image_size_px must be a multiple of 32, .* got 48 x 48"):
+        next(run_stream(odd, 0, watched))
     assert watched.asked == []
