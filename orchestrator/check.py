@@ -96,17 +96,17 @@ def _of_outputs(
     knobs: bool,
 ) -> None:
     """What is known of the folder, the nodes and MLflow, and the plan where nothing stands in its way."""
-    memory = 0
+    memory, made = 0, None
     try:
-        found, memory = readiness.on_nodes(outputs, experiment, weights=True, where=there)
+        store.make()
+        made = store
+    except InputError as error:
+        report.tell([problem("store", error)])
+    try:
+        found, memory = readiness.on_nodes(outputs, experiment, weights=True, where=there, store=made)
         report.tell(found)
     except InputError as error:
         report.tell([problem("outputs", error)])
-    try:
-        store.make()
-        report.tell([Finding("store", f"{store.name}: can be written")])
-    except InputError as error:
-        report.tell([problem("store", error)])
     report.tell([readiness.of_mlflow(outputs)])
     if experiment is None or report.problems & {"experiment", "outputs", "store", "data", "weights", "nodes", "resources"}:
         report.tell([Finding("plan", "none before the problems above are solved")])

@@ -26,6 +26,7 @@ from orchestrator import fields
 from orchestrator.dry_run import debugged
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, Trial, check_types, override, parse_assignments
+from orchestrator.outage import DEFAULT_SECONDS
 from orchestrator.redaction import redacted, redacted_traceback
 from orchestrator.shared import SharedEntries
 
@@ -33,6 +34,8 @@ DEFAULT_SPACE = "cmr_collage"
 FIELDS_TITLE = "fields that --set changes"
 INPUT_ERROR_STATUS = 2
 REPORT_SECONDS = 300.0  # a report that takes longer is given up
+UNIT_SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+A_TIME = "seconds, or a number with s, m, h or d, such as 48h"
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of a run
 
 
@@ -182,6 +185,21 @@ def add_store(made: argparse.ArgumentParser, default: str | None = None) -> None
         "--store", default=default, metavar="PLACE",
         help="the store: a folder, or a URI such as s3://bucket/prefix (CAVS_STORE, else store/ in the outputs)",
     )  # fmt: skip
+
+
+def add_patience(made: argparse.ArgumentParser) -> None:
+    """The argument of the verbs that wait for outages to end."""
+    made.add_argument("--wait-out", type=duration, default=DEFAULT_SECONDS, metavar="TIME",
+                      help=f"how long to wait for room on a full disk, or for a store that does not answer; {A_TIME} "
+                      "(%(default)g s)")  # fmt: skip
+
+
+def duration(text: str) -> float:
+    """A time of the command line in seconds: "90", "90s", "30m", "48h" or "2d"."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd]?)", text, re.ASCII)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time: write {A_TIME}")
+    return float(found[1]) * UNIT_SECONDS[found[2]]
 
 
 def store_of(chosen: str | None, outputs: Path) -> Entries:

@@ -41,13 +41,14 @@ from orchestrator.ledger import LARGEST_LEDGER_BYTES, held, is_begun, refuse_cha
 from orchestrator.local_backend import LocalBackend
 from orchestrator.node_metrics import Probe, Watch, this_machine
 from orchestrator.notes import note
+from orchestrator.outage import Patience
 from orchestrator.progress import Progress, planned_work, watched
 from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
 from orchestrator.redaction import redacted
 from orchestrator.status import StatusFile
 from orchestrator.store import Reuse, StoredBackend, write_atomically
-from orchestrator.stream import Backend, run_stream
+from orchestrator.stream import Backend, TaskOutcome, run_stream
 from orchestrator.terminal import renderer
 from orchestrator.tracker import DATA_PICTURE, Tracker, command, record_of, tags_of, tracking_uri
 
@@ -69,6 +70,16 @@ class Stream:
         return f"{self.entry} {self.setting} seed {self.seed}"
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """What a comparison was asked; `questions` are the spaces' own words."""
+
+    entries: Sequence[str]
+    seeds: Sequence[int]
+    reference: str
+    questions: Sequence[str]
+
+
 @dataclass
 class Ledger:
     """What a comparison has done so far, on disk under `folder`: plan, MLflow runs, and every stream that ended well."""
@@ -78,6 +89,7 @@ class Ledger:
     parent: str = ""
     runs: dict[str, str] = field(default_factory=dict)  # stream's name -> MLflow run
     done: dict[str, dict[str, Any]] = field(default_factory=dict)  # stream's name -> its values, and background alone's
+    logged: dict[str, int] = field(default_factory=dict)  # stream's name -> its last task that MLflow has
 
     @staticmethod
     def open(folder: Path, plan: Mapping[str, Any]) -> Ledger:
@@ -98,7 +110,7 @@ class Ledger:
 
     def save(self) -> None:
         """Writes the ledger as it is."""
-        content = {"plan": self.plan, "parent": self.parent, "runs": self.runs, "done": self.done}
+        content = {name: getattr(self, name) for name in ("plan", "parent", "runs", "done", "logged")}
         write_atomically(self.folder / PLAN_FILE, json.dumps(content, indent=1).encode())
 
 
@@ -148,6 +160,7 @@ def compare() -> int:
     made.add_argument("--test", action="store_true", help="report on the test splits: only for what is settled")
     made.add_argument("--local", action="store_true", help="in this process, without Ray, one stream after the other")
     cli.add_store(made)
+    cli.add_patience(made)
     cli.add_training(made)
     cli.add_report_option(made)
     arguments = made.parse_args()
@@ -187,17 +200,6 @@ def compare() -> int:
     with held(folder, arguments.fresh), store.tidied():
         ledger = Ledger.open(folder, plan)
         tracker.belongs_to("comparison", folder.name)
-        if ledger.parent:
-            tracker.resume(ledger.parent)
-        else:
-            shared = {name: value for name, value in tags_of(streams[0].experiment).items() if name.startswith("benchmark")}
-            params = {"entries": list(entries), "seeds": seeds, "splits": splits}
-            ledger.parent = tracker.start(folder.name, "comparison", params, tags=shared)
-            tracker.dataset(ledger.parent, benchmark)
-            tracker.data_picture(ledger.parent, benchmark)
-            tracker.artifact(ledger.parent, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
-            tracker.origin(ledger.parent)
-            ledger.save()
         todo = [stream for stream in streams if stream.name not in ledger.done]
         # Streams stand for a search's trials here: one task each, of the mean stream's work.
         shown = (renderer(sys.stdout, folder.name, arguments.plain), StatusFile(folder, "comparison"))
@@ -205,10 +207,11 @@ def compare() -> int:
         progress.where = (f"results: {folder}", f"MLflow: {tracker.open_hint}")
         progress.line(f"{folder.name}: {len(streams)} streams, {len(streams) - len(todo)} done before; results: {folder}")
         progress.line(f"MLflow: {tracker.open_hint}")
-        job = _Job(tracker, ledger, progress, splits, store)
+        job = _Job(tracker, ledger, progress, splits, store, Patience(arguments.wait_out))
         progress.shared = job.shared
         with progress:
-            failed = _run(arguments, streams, todo, job, outputs, seeds, reference, [space.doc for space in spaces])
+            asked = _Asked(list(entries), seeds, reference, [space.doc for space in spaces])
+            failed = _run(arguments, streams, todo, job, outputs, asked)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
     return 1 if failed else 0
 
@@ -219,11 +222,9 @@ def _run(
     todo: Sequence[Stream],
     job: _Job,
     outputs: Path,
-    seeds: Sequence[int],
-    reference: str,
-    questions: Sequence[str],
+    asked: _Asked,
 ) -> dict[str, str]:
-    """Runs what is left and concludes; the streams that failed, with their errors. `questions` are the spaces' own words."""
+    """Runs what is left and concludes; the streams that failed, with their errors."""
     tracker, ledger, progress, splits = job.tracker, job.ledger, job.progress, job.splits
 
     def idle_with(probe: Probe) -> Callable[[], None]:
@@ -236,12 +237,13 @@ def _run(
         return idle
 
     try:
+        _begin(asked, streams, job)
         if arguments.local:
             with watched(list, progress, idle_with(this_machine())):
                 failed = job.run(todo, lambda each: LocalBackend(outputs / "data", each.experiment.resources, progress), 1)
         elif todo:
             with connected(arguments.verbose) as cluster:
-                ready(todo[0].experiment, outputs, cluster)
+                ready(todo[0].experiment, outputs, cluster, job.store)
                 fits = min(cluster.concurrent_jobs(stream.experiment.resources) for stream in todo)
                 progress.line(f"{cluster.describe()}; {fits} streams at a time")
                 progress.where += cluster.where
@@ -255,27 +257,48 @@ def _run(
         else:
             failed = {}
         progress.rest()
-        text = conclude(streams, ledger, failed, seeds, reference, splits, tracker)
-        links = {
-            "the table as numbers": tracker.address(ledger.parent, "artifacts/table.csv"),
-            "the data": tracker.address(ledger.parent, f"artifacts/{DATA_PICTURE}"),
-            "the report": tracker.address(ledger.parent, "artifacts/report.html"),
-        }
-        benchmark = streams[0].experiment.benchmark
-        facts = {"benchmark": benchmark.name, "seeds": ", ".join(map(str, seeds)), "reference": reference}
-        asked = "\n\n".join(question.strip() for question in questions)
-        tracker.note(
-            ledger.parent, note(asked, facts, text, command(), {name: link.removeprefix("/") for name, link in links.items()})
-        )
+        text = conclude(streams, ledger, failed, asked.seeds, asked.reference, splits, tracker)
+        beside = {"the table as numbers": "table.csv", "the data": DATA_PICTURE}
+        beside |= {} if arguments.no_report else {"the report": "report.html"}
+        _note(asked, streams, job, text, beside)
     except BaseException as error:
         killed = isinstance(error, KeyboardInterrupt)
         job.stop("KILLED" if killed else "FAILED")
-        tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
+        if ledger.parent:
+            tracker.end(ledger.parent, "KILLED" if killed else "FAILED")
         raise
     tracker.end(ledger.parent, "FAILED" if failed else "FINISHED")
     if not arguments.no_report:
         cli.write_report(f"comparisons/{ledger.folder.name}", outputs)
     return failed
+
+
+def _begin(asked: _Asked, streams: Sequence[Stream], job: _Job) -> None:
+    """Opens the comparison's run in MLflow: the one it has, or a new one, with what is known of it before it is done."""
+    tracker, ledger, experiment = job.tracker, job.ledger, streams[0].experiment
+    if ledger.parent:
+        tracker.resume(ledger.parent)
+    else:
+        shared = {name: value for name, value in tags_of(experiment).items() if name.startswith("benchmark")}
+        params = {"entries": list(asked.entries), "seeds": asked.seeds, "splits": job.splits}
+        ledger.parent = tracker.start(ledger.folder.name, "comparison", params, tags=shared)
+        ledger.save()
+    if not tracker.noted(ledger.parent):
+        called = {"command": [redacted(each) for each in sys.argv], **ledger.plan}
+        tracker.artifact(ledger.parent, "config.json", called)
+        tracker.origin(ledger.parent)
+        tracker.dataset(ledger.parent, experiment.benchmark)
+        tracker.data_picture(ledger.parent, experiment.benchmark)
+        _note(asked, streams, job, "It has not ended yet.", {"the data": DATA_PICTURE})
+
+
+def _note(asked: _Asked, streams: Sequence[Stream], job: _Job, result: str, artifacts: Mapping[str, str]) -> None:
+    """Sets the run's note; `artifacts` by what they are."""
+    parent, seeds = job.ledger.parent, ", ".join(map(str, asked.seeds))
+    facts = {"benchmark": streams[0].experiment.benchmark.name, "seeds": seeds, "reference": asked.reference}
+    links = {what: job.tracker.address(parent, f"artifacts/{file}").removeprefix("/") for what, file in artifacts.items()}
+    question = "\n\n".join(each.strip() for each in asked.questions)
+    job.tracker.note(parent, note(question, facts, result, command(), links))
 
 
 @dataclass
@@ -287,6 +310,7 @@ class _Job:
     progress: Progress
     splits: Sequence[str]
     store: Entries
+    patience: Patience
     _open: set[str] = field(default_factory=set)  # names of the streams that run
     _stopped: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -344,24 +368,19 @@ class _Job:
         try:
             with self._writing():
                 self._begin(stream)
-            stored = StoredBackend(
-                backend(stream), self.store, user=f"comparison/{self.ledger.folder.name}", on_damage=self.progress.line
-            )
-            self._reuses.append(stored.reuse)
-            outcomes = []
-            for outcome in run_stream(
-                stream.experiment, stream.seed, stored, self.splits, label=f"{stream.entry} {stream.setting} "
-            ):
-                outcomes.append(outcome)
-                with self._writing():
-                    self.tracker.record(self.ledger.runs[stream.name], record_of(outcome))
-                self.progress({"kind": "note", "text": f"{stream.entry} {stream.setting}: {outcome.headline()}"})
+            reuse = Reuse()
+            self._reuses.append(reuse)
+
+            def learn() -> list[TaskOutcome]:
+                return self._outcomes(stream, backend(stream), reuse)
+
+            outcomes = self.patience.through(learn, self.progress.line, lambda: self.ledger.logged.get(stream.name))
             values = values_of(outcomes)
             with self._writing():
                 self.ledger.done[stream.name] = {"values": values, "background": background_alone(outcomes[-1])}
                 self.ledger.save()
                 self._end(stream, "FINISHED")
-            text = f"done; {stored.reuse.describe()}"
+            text = f"done; {reuse.describe()}"
             self.progress({"kind": "trial", "text": text, **label})
         except Exception as error:
             with self._writing():
@@ -372,16 +391,31 @@ class _Job:
             self.progress({"kind": "trial", "status": "FAILED", "text": text, **label})
             raise
 
+    def _outcomes(self, stream: Stream, backend: Backend, reuse: Reuse) -> list[TaskOutcome]:
+        """The stream's outcomes; MLflow gets those that it does not have."""
+        user = f"comparison/{self.ledger.folder.name}"
+        stored = StoredBackend(backend, self.store, reuse=reuse, user=user, on_damage=self.progress.line)
+        outcomes, label = [], f"{stream.entry} {stream.setting} "
+        for outcome in run_stream(stream.experiment, stream.seed, stored, self.splits, label=label):
+            outcomes.append(outcome)
+            with self._writing():
+                if outcome.task.index > self.ledger.logged.get(stream.name, -1):
+                    self.tracker.record(self.ledger.runs[stream.name], record_of(outcome))
+                    self.ledger.logged[stream.name] = outcome.task.index
+                    self.ledger.save()
+            self.progress({"kind": "note", "text": f"{label.strip()}: {outcome.headline()}"})
+        return outcomes
+
     def _begin(self, stream: Stream) -> None:
         """Starts the stream's run, or goes on with the one it has."""
         run = self.ledger.runs.get(stream.name)
         if run is None:
             run = self.tracker.stream(stream.experiment, stream.seed, stream.name, self.ledger.parent)
-            self.tracker.tag(run, {"entry": stream.entry})
             self.ledger.runs[stream.name] = run
             self.ledger.save()
         else:
             self.tracker.resume(run)
+        self.tracker.tag(run, {"entry": stream.entry})
         self._open.add(stream.name)
 
     def _end(self, stream: Stream, status: str) -> None:

@@ -32,7 +32,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -41,7 +41,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from cavs_model.untrusted import FaultError, shown, typed
 
 FOLDER_KINDS = ("networks", "states")
@@ -78,7 +78,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries under a root. Pickles. InputError where the root cannot be read, written or locked, or is full."""
+    """The entries under a root. Pickles.
+
+    InputError where the root cannot be read, written or locked, OutageError where it is full.
+    """
 
     root: Path
 
@@ -101,7 +104,14 @@ class Entries:
             try:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise InputError(f"cannot write the store {self.root}: {error.strerror}") from error
+                raise _refused(f"cannot write the store {self.root}", error) from error
+
+    def announced(self, word: str) -> AbstractContextManager[None]:
+        """Leaves a word where `find` looks for it, as long as the block lasts."""
+        return nullcontext()
+
+    def find(self, word: str) -> None:
+        """InputError where this process cannot use what lies elsewhere than in `root`, or does not find the word there."""
 
     def path(self, kind: str, key: str) -> Path:
         """The entry's folder or file."""
@@ -177,8 +187,12 @@ class Entries:
         try:
             os.replace(self.path(kind, key), target)
         except OSError as error:
-            raise InputError(f"cannot move the damaged store entry {self.path(kind, key)}: {error.strerror}") from error
+            raise _refused(f"cannot move the damaged store entry {self.path(kind, key)}", error) from error
         return str(target)
+
+    def repair(self, kind: str, key: str) -> str:
+        """As `set_aside`, for an entry that `check` found damaged."""
+        return self.set_aside(kind, key)
 
     def use(self, kind: str, key: str, user: str) -> None:
         """Notes that the entry was used now, by `user` ("sweep/cmr"; "" for nobody of a name)."""
@@ -378,7 +392,7 @@ def users_of(marks: Iterable[str]) -> dict[str, set[tuple[str, str]]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The whole file or none of it, whatever happens meanwhile. InputError where the disk is full."""
+    """The whole file or none of it, whatever happens meanwhile. OutageError where the disk is full."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     with room_in(path.parent):
         try:
@@ -403,7 +417,7 @@ def clear_unfinished(folder: Path) -> None:
 
 @contextmanager
 def room_in(folder: Path) -> Iterator[None]:
-    """Makes of an error that a full disk caused an InputError that names the folder."""
+    """Makes of an error that a full disk caused an OutageError that names the folder."""
     try:
         yield
     except InputError:
@@ -413,12 +427,18 @@ def room_in(folder: Path) -> Iterator[None]:
         while cause is not None:
             # A worker's error comes from Ray as text, the number lost.
             if (isinstance(cause, OSError) and cause.errno in FULL) or os.strerror(errno.ENOSPC) in str(cause):
-                raise InputError(
+                raise OutageError(
                     f"no space left while writing to {folder}; free some, or delete what is no longer needed by "
                     "`python -m orchestrator.store prune`"
                 ) from error
             cause = cause.__cause__ or cause.__context__
         raise
+
+
+def _refused(text: str, error: OSError) -> InputError:
+    """The error for what the system refused: of a kind that may pass where there was no room."""
+    kind = OutageError if error.errno in FULL else InputError
+    return kind(f"{text}: {error.strerror}")
 
 
 def size_of(path: Path) -> int:

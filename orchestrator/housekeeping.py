@@ -56,7 +56,7 @@ def housekeeping() -> int:
         print(f"would {'read all of' if arguments.verb == 'verify' else 'list'} these in {entries.name}:")
         _print_sums(found)
         return 0
-    if arguments.verb in ("verify", "prune") and not dry_run:
+    if arguments.verb == "verify" or getattr(arguments, "yes", False):  # prune without --yes only shows
         entries.make()
         entries.end_dead_leases(lambda text: print(text, flush=True))
     if arguments.verb == "verify":
@@ -85,7 +85,7 @@ def verify_all(entries: Entries, found: Sequence[Entry], repair: bool) -> int:
             if problem is None:
                 continue
             damaged += 1
-            aside = f"; set aside as {entries.set_aside(entry.kind, entry.key)}" if repair else ""
+            aside = f"; set aside as {entries.repair(entry.kind, entry.key)}" if repair else ""
             print(f"damaged: {entries.where(entry.kind, entry.key)}: {problem}{aside}")
     total = _bytes(sum(entry.size_bytes for entry in found))
     print(f"{len(found)} entries, {total}: {f'{damaged} damaged' if damaged else 'all intact'}")

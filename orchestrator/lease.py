@@ -47,12 +47,12 @@ class Lease:
         told, seen, since, reached = False, None, time.monotonic(), time.monotonic()
         while True:
             try:
-                found = self._remote.read(self._name)
-                reached = time.monotonic()
+                found, now = self._remote.read(self._name), time.monotonic()
                 if found != seen:
-                    seen, since = found, reached
-                if (self._is_free(found) or reached - since >= LEASE_SECONDS) and self._claimed():
+                    seen, since = found, now
+                if (self._is_free(found) or now - since >= LEASE_SECONDS) and self._claimed():
                     break
+                reached = now  # not where it could be read alone
             except UnreachableError:
                 if time.monotonic() - reached >= LEASE_SECONDS:
                     raise
@@ -96,7 +96,7 @@ class Lease:
                 if not self._is_mine():
                     return
                 self._write()
-            except UnreachableError:  # tried again at the next beat; who computes will find out by itself
+            except UnreachableError:  # or full; tried again at the next beat, and who computes will find out by itself
                 continue
 
     def _write(self) -> None:

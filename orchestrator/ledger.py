@@ -21,6 +21,7 @@ from typing import Any, Literal
 from cavs_model.errors import InputError
 from cavs_model.untrusted import FaultError, read_json, shown, typed_fields
 from orchestrator.entries import clear_unfinished, write_atomically
+from orchestrator.store import Reuse
 
 LEDGER_FILE = "sweep.json"
 LOCK_FILE = "lock"
@@ -29,7 +30,9 @@ LARGEST_LEDGER_BYTES = 2**28
 
 # RUNNING is also the state of a trial that was cut off. FAILED is final: it failed as often as it may, or would fail again.
 State = Literal["RUNNING", "FINISHED", "FAILED", "PRUNED"]
-COMPUTED = "computed_worker_seconds"  # a trial's metric: what it cost, without what the store had
+# A trial's metrics: what it cost without what the store had, and what the store had.
+COMPUTED, COMPUTED_OUTCOMES = "computed_worker_seconds", "computed_outcomes"
+REUSED, REUSED_OUTCOMES = "reused_worker_seconds", "reused_outcomes"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Trial:
     metrics: Mapping[str, Any] = field(default_factory=dict)  # of its last report
     error: str = ""
     attrs: Mapping[str, Any] = field(default_factory=dict)  # what the sampler noted of it
-    earlier_seconds: float = 0.0  # worker-seconds computed before the sweep was cut off
+    earlier_seconds: float = 0.0  # worker-seconds computed by attempts that were cut off or failed
+    earlier_outcomes: int = 0
     run: str = ""  # in MLflow
     streams: Mapping[str, str] = field(default_factory=dict)  # seed -> run in MLflow
     logged: Mapping[str, int] = field(default_factory=dict)  # run in MLflow -> its last task that was logged
@@ -50,6 +54,21 @@ class Trial:
     def worker_seconds(self) -> float:
         """What it made workers compute, over all attempts that reported."""
         return self.earlier_seconds + float(self.metrics.get(COMPUTED, 0.0))
+
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes it computed, over all attempts that reported."""
+        return self.earlier_outcomes + int(self.metrics.get(COMPUTED_OUTCOMES, 0))
+
+    @property
+    def reuse(self) -> Reuse:
+        """The work that it asked for: an attempt finds in the store what those before it computed, which is not reuse."""
+        return Reuse(
+            self.outcomes,
+            max(0, int(self.metrics.get(REUSED_OUTCOMES, 0)) - self.earlier_outcomes),
+            self.worker_seconds,
+            max(0.0, float(self.metrics.get(REUSED, 0.0)) - self.earlier_seconds),
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +80,7 @@ class _Noted:
     tested: int
     test_runs: Mapping[str, str]
     trials: Mapping[str, Mapping[str, Any]]
+    test_logged: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +92,7 @@ class Ledger:
     parent: str = ""  # run in MLflow
     tested: int = 0  # the trial whose configuration was evaluated on test, 0 for none
     test_runs: dict[str, str] = field(default_factory=dict)  # "trial seed" -> run in MLflow
+    test_logged: dict[str, int] = field(default_factory=dict)  # "trial seed", or "trial" for the mean -> last task logged
     trials: dict[int, Trial] = field(default_factory=dict)  # by number, from 1
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False, compare=False)
 
@@ -114,8 +135,15 @@ class Ledger:
         """A trial begins, or begins again."""
         with self._lock:
             before = self.trials.get(number, Trial(config))
-            spent = before.worker_seconds
-            self.trials[number] = replace(before, state="RUNNING", metrics={}, attrs=attrs, error="", earlier_seconds=spent)
+            self.trials[number] = replace(
+                before,
+                state="RUNNING",
+                metrics={},
+                attrs=attrs,
+                error="",
+                earlier_seconds=before.worker_seconds,
+                earlier_outcomes=before.outcomes,
+            )
             self._save()
 
     def change(self, number: int, **changes: Any) -> None:
@@ -135,6 +163,7 @@ class Ledger:
             "parent": self.parent,
             "tested": self.tested,
             "test_runs": self.test_runs,
+            "test_logged": self.test_logged,
             "trials": {str(number): asdict(trial) for number, trial in sorted(self.trials.items())},
         }
         write_atomically(self.folder / LEDGER_FILE, json.dumps(content, indent=1).encode())

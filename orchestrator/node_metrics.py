@@ -6,6 +6,7 @@ Never part of a result: a node that does not answer is left out, and what MLflow
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import time
@@ -74,26 +75,28 @@ def this_machine() -> Probe:
 class Watch:
     """To be called often, by a thread that must not wait: every INTERVAL_SECONDS it takes samples and hands them to `write`.
 
-    `write` gets {"system/<node>/<metric>": value} and when they were taken, in seconds since the epoch.
+    `write` gets {"system/<node>/<metric>": value} and when they were taken, in seconds since the epoch. When they are due is
+    told by another clock, which nobody sets.
     """
 
     probe: Probe
     write: Callable[[Mapping[str, float], float], None]
     tell: Callable[[str], None]
     now: Callable[[], float] = time.time
-    _next: float = 0.0
+    passed: Callable[[], float] = time.monotonic
+    _next: float = -math.inf
     _queue: list[tuple[dict[str, float], float]] = field(default_factory=list)
     _told: bool = False
 
     def __call__(self) -> None:
         """Samples where one is due. Raises nothing: a run does not end for want of these numbers."""
-        if self.now() < self._next:
+        if self.passed() < self._next:
             return
         try:
             found = {f"system/{node}/{name}": value for node, each in self.probe().items() for name, value in each.items()}
             if not found:
                 return
-            self._next = self.now() + INTERVAL_SECONDS
+            self._next = self.passed() + INTERVAL_SECONDS
             self._queue.append((found, self.now()))
             del self._queue[:-WAITING]
             while self._queue:
@@ -101,7 +104,7 @@ class Watch:
                 self._queue.pop(0)
             self._told = False
         except Exception as error:  # whatever Ray or MLflow's store raise
-            self._next = self.now() + INTERVAL_SECONDS
+            self._next = self.passed() + INTERVAL_SECONDS
             if not self._told:
                 self.tell(f"system metrics wait: {type(error).__name__}: {error}")
             self._told = True

@@ -17,7 +17,7 @@ import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -46,7 +46,13 @@ from orchestrator.tracker import Tracker, tracking_uri
 
 PACKAGES = ("ray", "torch", "mlflow", "optuna")
 NODE_SECONDS = 120.0  # for a node to answer: its first process imports torch, from a network disk perhaps
+PROBE = ".probe-"  # how the folders begin that nodes are to find
 RESUME_COPIES = 3  # weights and Adam's two averages of each network in training
+# What to do where nodes see different folders, by topic.
+MOUNT = {
+    topic: f"mount the same folder on every node, and give it as an absolute path by {names}"
+    for topic, names in (("outputs", "CAVS_OUTPUTS"), ("store", "--store or CAVS_STORE"))
+}
 
 
 @dataclass(frozen=True)
@@ -68,50 +74,73 @@ def problem(topic: str, text: object) -> Finding:
 
 @dataclass(frozen=True)
 class Look:
-    """What one process on one machine sees. `wrote` is the name of the file that it left in the shared folder."""
+    """What one process on one machine sees. `wrote` are the files that it left in the folders it was to find.
+
+    `auto` is the arithmetic that precision "auto" means there, "" where it means none or was not asked for.
+    """
 
     host: str
     versions: Mapping[str, str]
     memory_bytes: int
-    wrote: str
+    wrote: tuple[tuple[str, Path], ...]  # each with its topic
     problems: tuple[Finding, ...] = ()
+    auto: str = ""
 
 
-def look(folder: str, word: str, experiment: Experiment | None, weights: bool) -> Look:
-    """Looks around: at what the driver put into `folder`, and at the experiment's source files and first weights."""
-    problems, shared, wrote = [], Path(folder), ""
-    advice = "mount the same folder on every node, and give it as an absolute path by CAVS_OUTPUTS"
-    try:
-        if (shared / "driver").read_text() != word:
-            problems.append(problem("outputs", f"{shared} holds something else than the driver put there; {advice}"))
-        name = f"node-{uuid.uuid4().hex}"
-        (shared / name).write_text(word)
-        wrote = name
-        with open(shared / "lock", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        problems.append(
-            problem("outputs", f"locks in {shared} hold on one machine only, so that machines would compute the same outcome "
+def look(
+    word: str,
+    probes: Sequence[tuple[str, Path]],
+    experiment: Experiment | None,
+    weights: bool,
+    store: Entries | None = None,
+) -> Look:
+    """Looks around: at what the driver put into folders and a store, and at the experiment's source files and first weights.
+
+    `probes` are the folders, each with the topic of what is found there; `word` is what they hold.
+    """
+    problems: list[Finding] = []
+    wrote: list[tuple[str, Path]] = []
+    for topic, folder in probes:
+        if any(each.topic == topic for each in problems):
+            continue  # it lies in the one that was not found
+        try:
+            if (folder / "driver").read_text() != word:
+                problems.append(problem(topic, f"{folder} holds something else than the driver put there; {MOUNT[topic]}"))
+            path = folder / f"node-{uuid.uuid4().hex}"
+            path.write_text(word)
+            wrote.append((topic, path))
+            with open(folder / "lock", "a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            problems.append(
+                problem(topic, f"locks in {folder} hold on one machine only, so that machines would compute the same outcome "
                                "at once; mount it by NFSv4, without nolock and local_lock")
-        )  # fmt: skip
-    except BlockingIOError:
-        pass  # as it should be: the driver holds it
-    except OSError as error:
-        problems.append(problem("outputs", f"{shared}: {error.strerror}; {advice}"))
-    for topic, wanted, verify in (("data", True, _check_data), ("weights", weights, _check_weights)):
-        if experiment is not None and wanted:
-            try:
-                verify(experiment)
-            except InputError as error:
-                problems.append(problem(topic, error))
-    return Look(socket.gethostname(), versions(), _free_memory(), wrote, tuple(problems))
+            )  # fmt: skip
+        except BlockingIOError:
+            pass  # as it should be: the driver holds it
+        except OSError as error:
+            problems.append(problem(topic, f"{folder}: {error.strerror}; {MOUNT[topic]}"))
+    checks: list[tuple[str, Callable[[], None]]] = []
+    if store is not None:
+        checks.append(("store", partial(store.find, word)))
+    if experiment is not None:
+        checks.append(("data", experiment.benchmark.check))
+        checks += [("weights", partial(check_weights, experiment.network))] if weights else []
+    for topic, verify in checks:
+        try:
+            verify()
+        except InputError as error:
+            problems.append(problem(topic, error))
+    auto = "" if experiment is None else _meaning_of_auto(experiment)
+    return Look(socket.gethostname(), versions(), _free_memory(), tuple(wrote), tuple(problems), auto)
 
 
-def _check_data(experiment: Experiment) -> None:
-    experiment.benchmark.check()
-
-
-def _check_weights(experiment: Experiment) -> None:
-    check_weights(experiment.network)
+def _meaning_of_auto(experiment: Experiment) -> str:
+    """The arithmetic of precision "auto" on the device of a job, "" where there is none here or another was asked for."""
+    if experiment.precision != "auto":
+        return ""
+    with suppress(InputError, RuntimeError):  # no GPU, or none that CUDA can use
+        return "bf16" if arithmetic("auto", device_for(experiment.resources.gpus_per_worker)).bf16 else "fp32"
+    return ""
 
 
 def _free_memory() -> int:
@@ -125,34 +154,69 @@ def _free_memory() -> int:
 
 
 @contextmanager
-def shared_probe(outputs: Path) -> Iterator[tuple[Path, str]]:
-    """A folder that nodes are to find, with a word in it and a lock that is held; gone afterwards."""
-    folder, word = outputs / f".probe-{uuid.uuid4().hex[:8]}", uuid.uuid4().hex
-    folder.mkdir()
-    try:
-        (folder / "driver").write_text(word)
-        with open(folder / "lock", "w") as file:
+def shared_probe(topic: str, place: Path, word: str) -> Iterator[tuple[str, Path]]:
+    """A folder that nodes are to find, with a word in it and a lock that is held; gone afterwards. With its topic.
+
+    InputError where the place cannot be written or locked.
+    """
+    clear_probes(place)
+    with ExitStack() as at_the_end:
+        try:
+            folder = _locked_folder(topic, place, at_the_end)
+            (folder / "driver").write_text(word)
+        except OSError as error:
+            raise InputError(f"cannot write to {place}: {error.strerror}") from error
+        yield topic, folder
+
+
+def _locked_folder(topic: str, place: Path, at_the_end: ExitStack) -> Path:
+    """A new folder whose lock is held."""
+    while True:
+        folder = place / f"{PROBE}{uuid.uuid4().hex[:8]}"
+        folder.mkdir()
+        at_the_end.callback(shutil.rmtree, folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # taken for a dead process's before it was locked
+            lock = at_the_end.enter_context(open(folder / "lock", "w"))  # noqa: SIM115
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             except OSError as error:
                 raise InputError(
-                    f"{outputs} cannot be locked ({error.strerror}): keep outputs on NFSv4 or a local disk"
+                    f"{place} cannot be locked ({error.strerror}): keep {topic} on NFSv4 or a local disk"
                 ) from error
-            yield folder, word
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            (folder / "lock").stat()
+            return folder
+
+
+def clear_probes(place: Path) -> None:
+    """Deletes the probes that killed processes left in a folder, and leaves alone those of living ones."""
+    for folder in place.glob(f"{PROBE}*"):
+        with suppress(OSError):  # a file, which is no such probe; one of others; or another process was faster
+            with open(folder / "lock", "a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                gone = folder.rename(f"{folder}.gone")  # now nobody can wait for its lock and have it
+            shutil.rmtree(gone)
 
 
 def on_nodes(
-    outputs: Path, experiment: Experiment | None, weights: bool, where: Sequence[Node] = ()
+    outputs: Path, experiment: Experiment | None, weights: bool, where: Sequence[Node] = (), store: Entries | None = None
 ) -> tuple[list[Finding], int]:
-    """What the nodes see, or this process where there are none: versions, the shared folder, data and weights.
+    """What the nodes see, or this process where there are none: versions, the shared folder, the store, data and weights.
 
-    And the bytes of memory that are free on all their machines together.
+    And the bytes of memory that are free on all their machines together. The store must have been made.
     """
     found: list[Finding] = []
-    with shared_probe(outputs) as (folder, word):
-        call = partial(look, str(folder), word, experiment, weights)
+    word = uuid.uuid4().hex
+    with ExitStack() as stack:
+        probes = [stack.enter_context(shared_probe("outputs", outputs, word))]
+        if store is not None:
+            try:
+                topic = "outputs" if store.root.is_relative_to(outputs) else "store"
+                probes.append(stack.enter_context(shared_probe(topic, store.root, word)))
+                stack.enter_context(store.announced(word))
+            except InputError as error:
+                found.append(problem("store", error))
+                store = None
+        call = partial(look, word, probes, experiment, weights, store)
         answers: Mapping[str, Any] = (
             {node.name: answer for node, answer in on_every_node(call, NODE_SECONDS).items()} if where else {"here": call()}
         )
@@ -164,21 +228,27 @@ def on_nodes(
                     problem("nodes", f"{name} did not answer: {reason[0][:300]}; install this project on every node, in the "
                                      "same version, or submit a job with --working-dir")
                 )  # fmt: skip
-        unseen = [name for name, seen in looks.items() if seen.wrote and not (folder / seen.wrote).is_file()]
+        unseen = [(name, topic) for name, seen in looks.items() for topic, path in seen.wrote if not path.is_file()]
     mine = versions()
     for name, seen in looks.items():
         other = [f"{what} {seen.versions[what]} (here {mine[what]})" for what in mine if seen.versions[what] != mine[what]]
         if other:
             found.append(problem("versions", f"{name} has {', '.join(other)}; install the same versions on every node"))
         found += [replace(each, text=f"{name}: {each.text}") for each in seen.problems]
-    for name in unseen:
-        found.append(problem("outputs", f"{name} writes to a folder of that name that is not this one; mount the same one"))
+    for name, topic in unseen:
+        found.append(problem(topic, f"{name} writes to a folder of that name that is not this one; {MOUNT[topic]}"))
+    if experiment is not None:
+        gpus = min(1.0, experiment.resources.gpus_per_worker)
+        at_work = [node.name for node in where if node.room(1, gpus)] if where else ["here"]
+        found += _of_auto({name: looks[name].auto for name in at_work if name in looks})
     wrong = {each.topic for each in found}
     everywhere = "here" if not where else "from the one node" if len(where) == 1 else f"from each of {len(where)} nodes"
     if not wrong & {"versions", "nodes"}:
         found.insert(0, Finding("versions", ", ".join(f"{what} {value}" for what, value in mine.items())))
     if not wrong & {"outputs", "nodes"}:
         found.append(Finding("outputs", f"{outputs} is read, written and locked {everywhere}"))
+    if store is not None and not wrong & {"outputs", "store", "nodes"}:
+        found.append(Finding("store", f"{store.name} is read, written and locked {everywhere}"))
     if experiment is not None and not wrong & {"data", "nodes"}:
         benchmark = experiment.benchmark
         counts = ", ".join(f"{len(benchmark.samples(split))} {split}" for split in benchmark.splits())
@@ -187,6 +257,23 @@ def on_nodes(
         network = experiment.network
         found.append(Finding("weights", f"{network.visual_encoder} and {network.audio_encoder}, read {everywhere}"))
     return found, sum({seen.host: seen.memory_bytes for seen in looks.values()}.values())
+
+
+def _of_auto(meanings: Mapping[str, str]) -> Iterator[Finding]:
+    """What precision "auto" means on each of the nodes that have room for a worker, "" for nothing.
+
+    An outcome's address in the store holds that word alone.
+    """
+    meant: dict[str, list[str]] = {}
+    for name, auto in meanings.items():
+        if auto:
+            meant.setdefault(auto, []).append(name)
+    if len(meant) > 1:
+        told = " and ".join(f"{auto} on {', '.join(names)}" for auto, names in sorted(meant.items()))
+        yield problem("precision", f"auto means {told}, and the store would take their outcomes for the same; spell it out: "
+                                   "--set precision=fp32 or --set precision=bf16")  # fmt: skip
+    elif meant:
+        yield Finding("precision", f"auto means {next(iter(meant))} here")
 
 
 def versions() -> dict[str, str]:
@@ -198,14 +285,8 @@ def of_cluster(cluster: Cluster, there: Sequence[Node], resources: Resources | N
     """What the cluster has, whether a job's workers fit on its nodes, and whether it asks for a token."""
     found = [Finding("cluster", f"{cluster.describe()}; nodes: {', '.join(f'{each.name} {each.size}' for each in there)}")]
     found += [*fitting(cluster, there, resources)] if resources is not None else []
-    mode = authentication(cluster.dashboard)
-    if mode == "token":
-        found.append(Finding("token", "the cluster asks for one"))
-    elif mode:
-        found.append(
-            problem("token", f"the cluster does not ask for a token ({mode}): whoever reaches it runs code on it; restart it "
-                             "with RAY_AUTH_MODE=token in the environment of every ray start")
-        )  # fmt: skip
+    if told := of_token(cluster):
+        found.append(told)
     elif os.environ.get("RAY_AUTH_MODE") == "token":
         found.append(
             Finding("token", "RAY_AUTH_MODE=token here; the dashboard, which knows the cluster's, is not to be reached")
@@ -217,6 +298,15 @@ def of_cluster(cluster: Cluster, there: Sequence[Node], resources: Resources | N
         if open_to_others(file):  # Ray makes it so, but most home directories are closed
             found.append(problem("token", f"{file} can be read by others on this machine; chmod 600 {file}"))
     return found
+
+
+def of_token(cluster: Cluster) -> Finding | None:
+    """Whether the cluster asks for a token; None where it does not say."""
+    mode = authentication(cluster.dashboard)
+    if mode in ("", "token"):
+        return Finding("token", "the cluster asks for one") if mode else None
+    return problem("token", f"the cluster does not ask for a token ({mode}): whoever reaches it runs code on it; restart it "
+                            "with RAY_AUTH_MODE=token in the environment of every ray start")  # fmt: skip
 
 
 def open_to_others(file: Path) -> bool:
@@ -421,7 +511,7 @@ def plan(experiment: Experiment, work: Work, outputs: Path, at_once: int, free_m
         return found
     seconds = (work.clip_passes + work.watching) * speed.seconds_per_clip / (at_once * workers)
     each = f"{speed.seconds_per_clip * 1000:.1f} ms a clip, measured now"
-    found.append(Finding("time", f"about {clock(seconds)} ({each}; without rehearsed clips, decoding and start-up)"))
+    found.append(Finding("time", f"about {clock(seconds)} ({each}; rehearsed clips included, without decoding and start-up)"))
     total = speed.memory_bytes * at_once * workers
     text = f"{gigabytes(total)} for {at_once * workers} workers, {gigabytes(free_memory)} free"
     enough = total <= free_memory
@@ -437,15 +527,18 @@ def gigabytes(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def ready(experiment: Experiment, outputs: Path, cluster: Cluster) -> None:
-    """The short form: InputError with all problems that would stop a search after it began.
+def ready(experiment: Experiment, outputs: Path, cluster: Cluster, store: Entries | None = None) -> None:
+    """The short form: InputError with all problems that would stop a search after it began, or lay the cluster open.
 
-    On one machine a matter of milliseconds; where there are more nodes each of them is asked.
+    On one machine a matter of milliseconds; where there are more nodes each of them is asked. The store must have been made.
     """
+    clear_probes(outputs)
     there = nodes()
     found = list(fitting(cluster, there, experiment.resources))
+    if not cluster.started_here and (told := of_token(cluster)):
+        found.append(told)
     if len(there) > 1:
-        found += on_nodes(outputs, experiment, weights=False, where=there)[0]
+        found += on_nodes(outputs, experiment, weights=False, where=there, store=store)[0]
     size = network_bytes(experiment.network, 1)
     needed = missing_bytes(experiment, outputs / "data") + size * len(experiment.method.networks) * (1 + RESUME_COPIES)
     free = shutil.disk_usage(outputs).free

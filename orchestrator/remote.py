@@ -1,7 +1,8 @@
 """Files behind a URI: object stores and other file systems that pyarrow or an installed fsspec package speaks to.
 
 What is written under a name appears whole or not at all: object stores publish an object when its stream is closed, elsewhere a
-temporary file is renamed. Whatever goes wrong is an UnreachableError without credentials in its text.
+temporary file is renamed. Whatever goes wrong on the other side is an UnreachableError, and a URI by which nothing can ever be
+reached an InputError, both without credentials in their text.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -21,14 +22,17 @@ import fsspec
 import pyarrow
 from pyarrow import fs
 
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from orchestrator.entries import FULL
 from orchestrator.redaction import redacted
 
 OBJECT_STORES = ("s3", "gcs", "abfs")  # by pyarrow's type names
+# What is raised for a URI that cannot be read, or whose package is not installed. Anything else may be the network's: of a
+# bucket without a region pyarrow asks AWS for it.
+NEVER = (ValueError, TypeError, ImportError, NotImplementedError)
 
 
-class UnreachableError(InputError):
+class UnreachableError(OutageError):
     """What lies behind the URI cannot be had now."""
 
 
@@ -42,7 +46,10 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class Remote:
-    """The files under a URI such as s3://bucket/prefix, by names relative to it. Pickles. UnreachableError."""
+    """The files under a URI such as s3://bucket/prefix, by names relative to it. Pickles.
+
+    UnreachableError, which a disk that is full on the other side is too; InputError for a URI by which nothing can be reached.
+    """
 
     uri: str = field(repr=False)
 
@@ -78,9 +85,9 @@ class Remote:
             shutil.copyfileobj(source, stream, 1 << 22)
 
     def download(self, name: str, path: Path) -> bool:
-        """Copies a file to this machine; whether there is one."""
+        """Copies a file to this machine; whether there is one. OSError where this machine's disk is full."""
         system, base = self._there()
-        with self._reached("read", name):
+        with self._reached("read", name, but=FULL):
             try:
                 stream = system.open_input_stream(f"{base}/{name}", compression=None)
             except FileNotFoundError:
@@ -132,10 +139,16 @@ class Remote:
             self._make_folder(path)
             if system.type_name not in OBJECT_STORES:
                 temporary = str(PurePosixPath(path).with_name(f".{PurePosixPath(path).name}.{uuid.uuid4().hex[:8]}"))
-            with system.open_output_stream(temporary, compression=None) as stream:
-                yield stream
-            if temporary != path:
-                system.move(temporary, path)
+            try:
+                with system.open_output_stream(temporary, compression=None) as stream:
+                    yield stream
+                if temporary != path:
+                    system.move(temporary, path)
+            except BaseException:
+                if temporary != path:  # a full disk would get one more at every try
+                    with suppress(Exception):
+                        system.delete_file(temporary)
+                raise
 
     def _make_folder(self, path: str) -> None:
         """Makes the folder a file is to lie in, where there are such things."""
@@ -147,11 +160,12 @@ class Remote:
         return _file_system(self.uri)
 
     @contextmanager
-    def _reached(self, doing: str, name: str) -> Iterator[None]:
+    def _reached(self, doing: str, name: str, but: Sequence[int] = ()) -> Iterator[None]:
+        """Makes an UnreachableError of any error, `but` of a system's with one of these numbers."""
         try:
             yield
         except Exception as error:  # every library behind fsspec has errors of its own
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in but:
                 raise
             # The cause is left out: its text may hold what was stripped here.
             where = f"{self.shown}/{name}".rstrip("/")
@@ -169,7 +183,7 @@ def _shown(uri: str) -> str:
 
 @lru_cache(maxsize=8)
 def _file_system(uri: str) -> tuple[Any, str]:
-    """The file system of a URI and the path in it, without a slash at its end. UnreachableError."""
+    """The file system of a URI and the path in it, without a slash at its end. InputError, UnreachableError."""
     try:
         try:
             system, path = fs.FileSystem.from_uri(uri)
@@ -180,11 +194,12 @@ def _file_system(uri: str) -> tuple[Any, str]:
             system = fs.PyFileSystem(fs.FSSpecHandler(found))
     except Exception as error:  # as above
         known = "file, s3, gs, abfs, hdfs, or one of an installed fsspec package such as memory"
-        raise UnreachableError(
+        kind = InputError if isinstance(error, NEVER) else UnreachableError
+        raise kind(
             f"cannot open the store {_shown(uri)}: {_reason(error, uri)}; a store is a folder or a URI of one of: {known}"
         ) from None
     if not path.strip("/"):
-        raise UnreachableError(f"the store {_shown(uri)} names no bucket or folder: write scheme://bucket/prefix")
+        raise InputError(f"the store {_shown(uri)} names no bucket or folder: write scheme://bucket/prefix")
     return system, path.rstrip("/")
 
 

@@ -33,15 +33,16 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search import Searcher
 
-from cavs_model.errors import InputError, unknown
+from cavs_model.errors import InputError, OutageError, unknown
 from cavs_model.train import DivergedError
 from orchestrator.cli import SearchSpace
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, override
-from orchestrator.ledger import COMPUTED, Ledger
+from orchestrator.ledger import COMPUTED, COMPUTED_OUTCOMES, REUSED, REUSED_OUTCOMES, Ledger
 from orchestrator.orphans import remove_orphans
+from orchestrator.outage import Patience
 from orchestrator.ray_backend import RayBackend
-from orchestrator.store import StoredBackend
+from orchestrator.store import Reuse, StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
 from orchestrator.tracker import record_of
 
@@ -55,7 +56,8 @@ POPULATION = 8  # of NSGA-II; Optuna's 50 would make a search of this size a ran
 DRIVER_MEMORY_BYTES = 512 * 2**20  # what a trial's driver takes; Tune refuses a trial that asks for nothing
 MEMORY_BYTES, WORKER_SECONDS = "memory/bytes", "cost/worker_seconds"  # of a trial, beside the metrics of its outcomes
 WATCH_SECONDS = 60.0  # after a driver's death: of a lost node Ray learns late, and the order of its news is nowhere promised
-TASKS_LEFT, FAILURE = "tasks_left", "failure"  # of a report: 0 after the last task; why there is none after this one
+TASKS_LEFT = "tasks_left"  # of a report: 0 where none follows
+FAILURE, OUTAGE = "failure", "outage"  # of a report: why there is no value
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Plan:
     backend: RayBackend
     store: Entries
     user: str  # on whose account entries of the store are used
+    patience: Patience  # with outages
 
 
 def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
@@ -77,48 +80,65 @@ def run_trial(config: Mapping[str, Any], plan: Plan) -> None:
     """
     number, knobs = config["number"], config["knobs"]
     label = f"trial {number}"
+    reuse, reported = Reuse(), 0
 
     def post(kind: str, **fields: Any) -> None:
         ray.get(plan.backend.mailbox.post.remote({"kind": kind, "trial": number, "label": label, **fields}))
 
-    try:
-        experiment = override(plan.experiment, knobs)
-        post("start", config=dict(knobs), experiment=experiment)
+    def learn(experiment: Experiment) -> None:
+        nonlocal reported
         backend = StoredBackend(
             plan.backend,
             plan.store,
             on_wait=lambda what: post("note", text=f"{what}: another trial is computing it"),
+            reuse=reuse,
             user=plan.user,
             on_damage=lambda text: post("note", text=text),
         )
         streams = [run_stream(experiment, seed, backend, label=f"{label} ") for seed in experiment.seeds]
         worker_seconds = 0.0
         for outcomes in zip(*streams, strict=True):
-            for outcome in outcomes:
-                post("task", seed=outcome.seed, task=outcome.task.index, num_tasks=outcome.num_tasks,
-                     record=record_of(outcome), text=outcome.headline())  # fmt: skip
             worker_seconds += statistics.fmean(_worker_seconds(outcome) for outcome in outcomes)
+            task = outcomes[0].task.index
+            if task < reported:  # before an outage
+                continue
+            for outcome in outcomes:
+                post("task", seed=outcome.seed, task=task, num_tasks=outcome.num_tasks,
+                     record=record_of(outcome), text=outcome.headline())  # fmt: skip
             report = mean_over_seeds(outcomes)
             report |= {MEMORY_BYTES: statistics.fmean(outcome.memory_bytes for outcome in outcomes),
                        WORKER_SECONDS: worker_seconds,
-                       "reused_outcomes": backend.reuse.reused,
-                       "reused_worker_seconds": backend.reuse.reused_seconds,
-                       "computed_outcomes": backend.reuse.computed,
-                       COMPUTED: backend.reuse.computed_seconds}  # fmt: skip
-            task = outcomes[0].task.index
+                       REUSED_OUTCOMES: reuse.reused,
+                       REUSED: reuse.reused_seconds,
+                       COMPUTED_OUTCOMES: reuse.computed,
+                       COMPUTED: reuse.computed_seconds}  # fmt: skip
             post("report", metrics=report, task=task)
             if outcomes[0].is_last:  # said before Tune knows: it may stop a trial at any report
                 value = report[plan.objectives[0].metric]
                 text = f"done, {plan.objectives[0].metric} {value:.4f}"
                 post("trial", status="FINISHED", text=text, value=value)
-            tune.report(report | {TASKS_LEFT: outcomes[0].num_tasks - 1 - task})
+            reported = task + 1
+            tune.report(report | {TASKS_LEFT: outcomes[0].num_tasks - reported})
+
+    try:
+        experiment = override(plan.experiment, knobs)
+        post("start", config=dict(knobs), experiment=experiment)
+        plan.patience.through(lambda: learn(experiment), lambda text: post("note", text=text), lambda: reported)
+    except OutageError as outage:  # nothing of the trial's: it goes on with the sweep
+        post("note", text=f"given up for now: {outage}")
+        tune.report(_nothing(plan) | {OUTAGE: str(outage)})
     except Exception as error:  # an interrupt is no failure: the trial goes on with the sweep
         final = isinstance(error, (InputError, DivergedError))
         reason = f"{type(error).__name__}: {error}"
         post("trial", status="FAILED", final=final, text=f"failed: {reason}", error=reason, value=None)
         if not final:
             raise
-        tune.report({FAILURE: reason, TASKS_LEFT: 0, **{objective.metric: float("nan") for objective in plan.objectives}})
+        tune.report(_nothing(plan) | {FAILURE: reason})
+
+
+def _nothing(plan: Plan) -> dict[str, Any]:
+    """A report without a value, whose trial ends."""
+    return {TASKS_LEFT: 0, **{objective.metric: float("nan") for objective in plan.objectives}}
 
 
 def mean_over_seeds(outcomes: tuple[TaskOutcome, ...]) -> dict[str, Any]:
@@ -280,11 +300,14 @@ class StudySearch(Searcher):
         )
         self._mirror = _journal(ledger.folder, self._study.directions)
         self._waiting = 0  # trials that were cut off
+        self.outage = ""  # what a trial did not get through
         for number in range(1, max(ledger.trials, default=0) + 1):
             self._tell_of(number)
 
     def spent(self) -> str:
         """Why no further trial shall begin and those that run shall end; empty where nothing speaks against it."""
+        if self.outage:
+            return self.outage
         ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))  # by number
         return self._wanted.budgets.spent(
             [trial.values[0] for trial in ended],
@@ -317,6 +340,9 @@ class StudySearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Tells Optuna how a trial ended. One that was stopped between tasks is nothing that it could learn from."""
         trial = self._asked.pop(trial_id)
+        if not error and result and OUTAGE in result:
+            self.outage = str(result[OUTAGE])
+            return
         ended = not error and result and FAILURE not in result and result.get(TASKS_LEFT) == 0
         values = [float(result[objective.metric]) for objective in self._objectives] if ended and result else []
         pruned = self._wanted.asha and not error and result and result.get(TASKS_LEFT) and not self.spent()
@@ -396,10 +422,14 @@ class _StopBetweenTasks(tune.Stopper):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a search ended: the budget that was spent ("" for the number of trials), and why trials broke off, by number."""
+    """How a search ended: the budget that was spent ("" for the number of trials), and why trials broke off, by number.
+
+    `outage` is what kept the search from its end, "" where nothing did.
+    """
 
     reason: str
     errors: Mapping[int, str]
+    outage: str = ""
 
 
 class Undertaker(tune.Callback):
@@ -454,4 +484,4 @@ def search(space: SearchSpace, plan: Plan, wanted: Search, concurrency: int, led
     ).fit()
     ended = [results[index] for index in range(len(results))]
     errors = {each.config["number"]: str(each.error).strip() for each in ended if each.config and each.error}
-    return Ending(algorithm.spent(), errors)
+    return Ending(algorithm.spent(), errors, algorithm.outage)

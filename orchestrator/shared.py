@@ -10,8 +10,9 @@ The working copy is a store as entries.py has it. What it lacks is fetched, veri
 is sealed in it first, then uploaded, the manifest last. So an entry is whole wherever it has its name, and two that upload the
 same entry at once never mix their files. An entry that the working copy alone has is uploaded when it is used next.
 
-While the other side cannot be reached the work goes on with the working copy and says so: at worst something is computed twice.
-Only a store that cannot be written at the start is an error.
+While the other side cannot be reached, or is full, the work goes on with the working copy and says so: at worst something is
+computed twice. Only a store that cannot be written at the start is an error. Whoever makes it finds out, and the processes that
+it is handed to, as those of a sweep's trials, do not ask again.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from cavs_model.errors import InputError
 from orchestrator import lease
 from orchestrator.entries import (
     FOLDER_KINDS,
@@ -55,9 +57,10 @@ from orchestrator.remote import FileFacts, Remote, UnreachableError
 MARK_SECONDS = 3600.0  # a process that uses an entry over and over notes it this often
 REQUESTS_AT_ONCE = 16
 
-# What this process knows of the other side: URIs it has written to, entries that are there, when uses were noted.
-_written: set[str] = set()
+# What this process knows of the other side: entries that are there, damaged ones that could not be moved and count as none, and
+# when uses were noted.
 _uploaded: set[tuple[str, str, str]] = set()
+_passed_over: set[tuple[str, str, str]] = set()
 _marked: dict[tuple[str, str], float] = {}
 
 
@@ -70,6 +73,7 @@ class SharedEntries(Entries):
 
     uri: str = field(repr=False)
     tell: Callable[[str], None] = warn
+    _made: set[str] = field(default_factory=set, repr=False, compare=False)  # URIs that were written to; goes where this goes
 
     @property
     def remote(self) -> Remote:
@@ -86,21 +90,41 @@ class SharedEntries(Entries):
         return replace(self, tell=tell)
 
     def make(self) -> None:
-        """Makes the working copy's folders. UnreachableError where the other side cannot be written."""
+        """Makes the working copy's folders. UnreachableError where the other side cannot be written.
+
+        InputError for a URI that can be no store.
+        """
         super().make()
         (self.root / "fetched").mkdir(exist_ok=True)
-        if self.uri in _written:
+        if self.uri in self._made:
             return
-        probe = f"locks/.probe-{uuid.uuid4().hex[:8]}"
+        with self.announced(uuid.uuid4().hex):
+            pass  # written, and deleted again
+        self._made.add(self.uri)
+
+    @contextmanager
+    def announced(self, word: str) -> Iterator[None]:
+        with _advised():
+            self.remote.write(_probe(word), word.encode())
         try:
-            self.remote.write(probe, b"")
-            self.remote.remove(probe)
-        except UnreachableError as error:
-            raise UnreachableError(
-                f"{error}; check --store, the network, and the credentials, which come from the environment, the "
-                "provider's own files (such as ~/.aws) or the machine's role"
-            ) from error
-        _written.add(self.uri)
+            yield
+        finally:
+            with _advised():
+                self.remote.remove(_probe(word))
+
+    def find(self, word: str) -> None:
+        with _advised():
+            if self.remote.read(_probe(word)) != word.encode():
+                raise InputError(
+                    f"{self.name} does not hold what the driver wrote a moment ago: the same URI must lead every node to the "
+                    "same store, and a store must show a write at once"
+                )
+            mine = Lease(self.remote, f".probe-{uuid.uuid4().hex}")
+            try:
+                if not mine.try_now():
+                    raise InputError(f"{self.name} does not hold a lease: a store must show a write at once")
+            finally:
+                mine.release()
 
     def where(self, kind: str, key: str) -> str:
         return f"{self.name}/{_name(kind, key)}"
@@ -110,9 +134,10 @@ class SharedEntries(Entries):
     def read(self, kind: str, key: str) -> dict[str, Any] | None:
         body = super().read(kind, key)
         with self._spared():
-            if body is None:
+            if body is not None:
+                self._publish(kind, key)
+            elif (self.uri, kind, key) not in _passed_over:
                 return self._fetched(kind, key)
-            self._publish(kind, key)
         return body
 
     def check(self, kind: str, key: str) -> None:
@@ -130,9 +155,21 @@ class SharedEntries(Entries):
             self._upload(kind, key)
 
     def set_aside(self, kind: str, key: str) -> str:
-        """Moves a damaged entry out of the way: the working copy's, else the other side's; where it lies then."""
+        """Moves a damaged entry out of the way: the working copy's, else the other side's; where it lies then.
+
+        One that cannot be moved now is passed over by this process until it puts another in its place.
+        """
         if os.path.lexists(self.path(kind, key)):
             return super().set_aside(kind, key)
+        aside = self.where(kind, key)
+        _passed_over.add((self.uri, kind, key))
+        _uploaded.discard((self.uri, kind, key))
+        with self._spared():
+            aside = self.repair(kind, key)
+            _passed_over.discard((self.uri, kind, key))
+        return aside
+
+    def repair(self, kind: str, key: str) -> str:
         name, aside = _name(kind, key), aside_name(kind, key)
         seal = _seal(kind, key)
         self.remote.move(seal, f"{aside}/{MANIFEST}" if kind in FOLDER_KINDS else aside)  # first: now it is no entry
@@ -312,6 +349,7 @@ class SharedEntries(Entries):
                 self.remote.upload(path / name, f"{_beside(kind, key, body)}/{name}")
         self.remote.write(_seal(kind, key), seal)
         _uploaded.add((self.uri, kind, key))
+        _passed_over.discard((self.uri, kind, key))
 
     def _publish(self, kind: str, key: str) -> None:
         """Uploads an entry that the working copy alone has, unless somebody is at it now."""
@@ -320,7 +358,7 @@ class SharedEntries(Entries):
         with self.locked_here_now(key) as held:
             if not held:
                 return
-            if self.remote.read(_seal(kind, key)) is None:
+            if (self.uri, kind, key) in _passed_over or self.remote.read(_seal(kind, key)) is None:
                 self._upload(kind, key)
             _uploaded.add((self.uri, kind, key))
 
@@ -334,6 +372,23 @@ class SharedEntries(Entries):
             yield
         except UnreachableError as error:
             self.tell(f"{error}; going on without, in {self.root}")
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Says of a store that cannot be reached what to look at."""
+    try:
+        yield
+    except UnreachableError as error:
+        raise UnreachableError(
+            f"{error}; check --store, the network, and the credentials, which come from the environment, the "
+            "provider's own files (such as ~/.aws) or the machine's role"
+        ) from error
+
+
+def _probe(word: str) -> str:
+    """The file that holds a word for `find`."""
+    return f"locks/.probe-{word}"
 
 
 def _name(kind: str, key: str) -> str:

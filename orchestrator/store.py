@@ -27,7 +27,7 @@ import numpy as np
 from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.base import Benchmark
-from cavs_model.errors import InputError
+from cavs_model.errors import OutageError
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.base import acting
 from cavs_model.networks.av_segmenter import NetworkConfig
@@ -62,9 +62,14 @@ def _schedule_key(schedule: Schedule, task: Task) -> dict[str, Any]:
 
 
 def _config_key(job: TaskJob) -> NetworkConfig:
-    """The network with the content of weight files in place of their names: first weights at the start, frozen ones always."""
+    """The network with the content of weight files in place of their names: first weights at the start, frozen ones always.
+
+    A task that starts from a checkpoint has no first weights.
+    """
     config, file = job.config, Path(job.config.visual_weights)
-    if job.start is None and file.is_file():
+    if job.start is not None:
+        config = replace(config, visual_weights="none")
+    elif file.is_file():
         config = replace(config, visual_weights=hashlib.sha256(file.read_bytes()).hexdigest())
     if config.frozen_sound is not None:
         config = replace(config, audio_weights=weights_digest(config.audio_weights))
@@ -120,7 +125,7 @@ def score_key(job: ScoreJob, checkpoints: Mapping[str, str]) -> str:
             "task": job.task,
             "data": _data_key(job.data),
             "batch_size": job.batch_size,
-            "precision": job.precision,
+            "precision": job.precision if checkpoints else None,  # scores of labels alone have none
             "checkpoints": {network: Path(path).name for network, path in checkpoints.items()},
         },
     )
@@ -152,12 +157,28 @@ def _address(kind: str, job: TaskJob | ScoreJob | ConsolidateJob | EvaluateJob, 
 
 @dataclass
 class Reuse:
-    """How much of the work asked for was done already. Seconds are those of the workers that did it, once."""
+    """How much of the work asked for was done already. Seconds are those of the workers that did it, once.
+
+    An outcome counts when it is asked for first, whatever becomes of an attempt that is made again.
+    """
 
     computed: int = 0
     reused: int = 0
     computed_seconds: float = 0.0
     reused_seconds: float = 0.0
+    _counted: set[tuple[str, str]] = field(default_factory=set, repr=False, compare=False)
+
+    def count(self, kind: str, key: str, computed: float | None, seconds: float) -> None:
+        """Notes an outcome that took `computed` seconds just now, or `seconds` when somebody computed it before."""
+        if (kind, key) in self._counted:
+            return
+        self._counted.add((kind, key))
+        if computed is not None:
+            self.computed += 1
+            self.computed_seconds += computed
+        else:
+            self.reused += 1
+            self.reused_seconds += seconds
 
     def __add__(self, other: Reuse) -> Reuse:
         return Reuse(
@@ -209,7 +230,11 @@ class StoredBackend:
                 self._train({key: by_key[key] for key in missing})
         for key in by_key:
             if key not in missing:
-                self._count("networks", key, None, self._found("networks", key))
+                body = self._found("networks", key)
+                if body is None:
+                    path = entries.path("networks", key)
+                    raise OutageError(f"the store entry {path} was deleted as soon as it was found")
+                self._count("networks", key, None, body)
         return [str(entries.path("networks", key)) for key in by_key]
 
     def _train(self, jobs: Mapping[str, TaskJob]) -> None:
@@ -296,7 +321,7 @@ class StoredBackend:
                     compute()
                     body, computed = self._entries.read(kind, key), True
         if body is None:
-            raise InputError(f"the store entry {self._entries.path(kind, key)} was deleted as soon as it was written")
+            raise OutageError(f"the store entry {self._entries.path(kind, key)} was deleted as soon as it was written")
         self._count(kind, key, body["seconds"] if computed else None, body)
         return body
 
@@ -317,12 +342,7 @@ class StoredBackend:
     def _count(self, kind: str, key: str, computed: float | None, body: Mapping[str, Any] | None = None) -> None:
         """Notes a use of an entry, which took `computed` seconds just now or was there already."""
         self._entries.use(kind, key, self.user)
-        if computed is not None:
-            self.reuse.computed += 1
-            self.reuse.computed_seconds += computed
-        else:
-            self.reuse.reused += 1
-            self.reuse.reused_seconds += (body or {}).get("seconds", 0.0)
+        self.reuse.count(kind, key, computed, (body or {}).get("seconds", 0.0))
 
     @contextmanager
     def _locked(self, key: str, label: str) -> Iterator[None]:

@@ -12,22 +12,24 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from cavs_model.networks.av_segmenter import check_weights
 from cavs_model.types import AUDIO_VISUAL
 from orchestrator import cli
 from orchestrator.dry_run import DEBUG_TRIALS, debug_name, plan_text
 from orchestrator.entries import Entries
 from orchestrator.experiment import Experiment, Objective, flatten, override, plain
-from orchestrator.ledger import COMPUTED, Ledger, Trial, held
+from orchestrator.ledger import Ledger, Trial, held
 from orchestrator.node_metrics import Watch
 from orchestrator.notes import note
 from orchestrator.notes import table as note_table
+from orchestrator.outage import Patience
 from orchestrator.progress import Event, Progress, planned_work, watched
 from orchestrator.ray_backend import NodeProbe, RayBackend, connected, drain, new_mailbox
 from orchestrator.readiness import ready
@@ -115,7 +117,10 @@ class TrialLog:
     def _write(self, event: Event) -> None:
         kind, number = event["kind"], event["trial"]
         if kind == "start":
-            if number not in self._open:
+            if number in self._open:  # tried again
+                trial = self.ledger.trials[number]
+                self.ledger.begin(number, trial.config, trial.attrs)
+            else:
                 self._begin(number, event["experiment"])
         elif kind == "task":
             stream = self.ledger.trials[number].streams[str(event["seed"])]
@@ -189,13 +194,18 @@ def sweep() -> int:
     made.add_argument("--sampler", choices=SAMPLERS, default="gp", help="Optuna's sampler (%(default)s)")
     made.add_argument("--search-seed", type=int, default=0, help="seed of the sampler (%(default)s)")
     made.add_argument("--retries", type=int, default=1, help="of a trial that failed, not for its input (%(default)s)")
-    made.add_argument("--wall-clock", type=float, metavar="SECONDS", help="end the search after this time of this command")
-    made.add_argument("--worker-seconds", type=float, metavar="SECONDS", help="end it when workers computed for this long")
+    made.add_argument("--wall-clock", type=cli.duration, metavar="TIME",
+                      help=f"end the search after this time of this command: {cli.A_TIME}")  # fmt: skip
+    made.add_argument("--worker-seconds", type=cli.duration, metavar="TIME", help="end it when workers computed for this long")
     made.add_argument("--asha", type=int, default=0, metavar="N",
-                      help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on (0: none is pruned)")  # fmt: skip
+                      help="prune: after each of 1, N, N*N, ... tasks one trial in N goes on, so that 2 keeps the better half "
+                      "after tasks 1, 2 and 4 (0: none is pruned)")  # fmt: skip
     made.add_argument("--target", type=float, metavar="VALUE", help="end it when the first objective is as good as this")
     made.add_argument("--plateau", type=int, metavar="N", help="end it after N trials that were no better than the best")
+    made.add_argument("--at-once", type=int, metavar="N", help="trials at a time (as many as fit the cluster as it is now); "
+                      "more than that make a cluster that grows by itself grow")  # fmt: skip
     cli.add_store(made)
+    cli.add_patience(made)
     cli.add_training(made)
     cli.add_report_option(made)
     arguments = made.parse_args()
@@ -203,7 +213,7 @@ def sweep() -> int:
         arguments.trials = min(arguments.trials, DEBUG_TRIALS)
     wanted = search_of(arguments)
     space, experiment = cli.experiment_of(arguments)
-    space = cli.SearchSpace(space.name, experiment, space.objectives, space.define)
+    space = replace(space, base=experiment)
     if wanted.asha and len(space.objectives) > 1:
         raise InputError(f"--asha prunes by one objective, search space {space.name} has {len(space.objectives)}")
     knobs = cli.open_knobs(space)
@@ -235,7 +245,9 @@ def sweep() -> int:
         with progress:
             progress.line(f"{space.name}: {wanted.trials} trials over {', '.join(knobs)}; results: {folder}")
             progress.line(f"MLflow: {tracker.open_hint}")
-            failed = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress).run(arguments.verbose)
+            patience = Patience(arguments.wait_out)
+            made_of = _Sweep(space, wanted, outputs, entries, tracker, ledger, progress, patience, arguments.at_once)
+            failed = made_of.run(arguments.verbose, reports=not arguments.no_report)
     if not arguments.no_report:
         cli.write_report(f"sweeps/{folder.name}", outputs)
     print(f"results: {folder}\nMLflow:  {tracker.open_hint}", flush=True)
@@ -244,8 +256,8 @@ def sweep() -> int:
 
 def search_of(arguments: argparse.Namespace) -> Search:
     """How to search, from the command line. InputError for numbers out of range."""
-    for name, least in (("trials", 1), ("retries", 0), ("search_seed", 0)):
-        if getattr(arguments, name) < least:
+    for name, least in (("trials", 1), ("retries", 0), ("search_seed", 0), ("at_once", 1)):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(arguments, name)}")
     if arguments.fresh and arguments.name is None:
         raise InputError("--fresh starts a sweep of a given --name anew; without --name every sweep is a new one")
@@ -283,9 +295,11 @@ class _Sweep:
     tracker: Tracker
     ledger: Ledger
     progress: Progress
+    patience: Patience
+    at_once: int | None  # trials at a time; as many as fit
 
-    def run(self, verbose: bool) -> bool:
-        """Runs what is left, and concludes; whether a trial failed."""
+    def run(self, verbose: bool, reports: bool) -> bool:
+        """Runs what is left, and concludes; whether a trial failed. `reports` says that a report will follow."""
         ledger, objective = self.ledger, self.space.objectives[0]
         for number, trial in sorted(ledger.trials.items()):
             if trial.state != "RUNNING":
@@ -303,19 +317,19 @@ class _Sweep:
             best_of(ledger.trials, objective) or 0
         ):
             with connected(verbose) as cluster:
-                ready(self.space.base, self.outputs, cluster)
-                concurrency = min(cluster.concurrent_jobs(self.space.base.resources), self.wanted.trials)
+                ready(self.space.base, self.outputs, cluster, self.entries)
+                fits = cluster.concurrent_jobs(self.space.base.resources)
+                concurrency = min(self.at_once or fits, self.wanted.trials)
                 self.progress.line(f"{cluster.describe()}; {concurrency} trials at a time")
                 self.progress.where += cluster.where
                 reason = self._compute(concurrency)
-        else:
-            self._begin()
         self.progress.rest()
         try:
+            self._begin()
             failed = conclude(self.space.objectives, ledger, self.tracker, reason)
-            self.tracker.note(ledger.parent, note_of(self.space, ledger, self.tracker))
+            self.tracker.note(ledger.parent, note_of(self.space, ledger, self.tracker, reports))
         except BaseException:
-            self.tracker.end(ledger.parent, "KILLED")
+            self._cut_off()
             raise
         best = best_of(ledger.trials, objective)
         self.tracker.end(ledger.parent, "FINISHED" if best is not None else "FAILED")
@@ -323,27 +337,34 @@ class _Sweep:
         return failed
 
     def _begin(self) -> None:
-        """Opens the sweep's run in MLflow: the one it has, or a new one."""
+        """Opens the sweep's run in MLflow: the one it has, or a new one, with what is known of it before it is done."""
+        ledger, tracker, experiment = self.ledger, self.tracker, self.space.base
+        if ledger.parent:
+            tracker.resume(ledger.parent)
+        else:
+            tags = {**tags_of(experiment), "space": self.space.name}
+            parent = tracker.start(ledger.folder.name, "sweep", flatten(experiment), tags=tags)
+            ledger.update(parent=parent)
+        if not tracker.noted(ledger.parent):
+            called = {"command": [redacted(each) for each in sys.argv], **ledger.plan}
+            tracker.artifact(ledger.parent, "config.json", called)
+            tracker.origin(ledger.parent)
+            tracker.dataset(ledger.parent, experiment.benchmark)
+            tracker.data_picture(ledger.parent, experiment.benchmark)
+            tracker.note(ledger.parent, note_of(self.space, ledger, tracker, reports=False))
+
+    def _cut_off(self) -> None:
+        """Ends the sweep's run as one that can go on."""
         if self.ledger.parent:
-            self.tracker.resume(self.ledger.parent)
-            return
-        experiment = self.space.base
-        tags = {**tags_of(experiment), "space": self.space.name}
-        parent = self.tracker.start(self.ledger.folder.name, "sweep", flatten(experiment), tags=tags)
-        self.ledger.update(parent=parent)
-        self.tracker.artifact(parent, "config.json", {"command": [redacted(each) for each in sys.argv], **self.ledger.plan})
-        self.tracker.origin(parent)
-        self.tracker.dataset(parent, experiment.benchmark)
-        self.tracker.data_picture(parent, experiment.benchmark)
+            self.tracker.end(self.ledger.parent, "KILLED")
 
     def _compute(self, concurrency: int) -> str:
         """Runs trials and tests the best one; the budget that ended the search, "" for the number of trials."""
         space, ledger, progress, experiment = self.space, self.ledger, self.progress, self.space.base
-        self._begin()
         backend = RayBackend(self.outputs / "data", self.outputs / "scratch", experiment.resources, new_mailbox())
         user = f"sweep/{ledger.folder.name}"
         store = StoredBackend(backend, self.entries, user=user, on_damage=progress.line)
-        plan = Plan(experiment, space.objectives, backend, self.entries, user)
+        plan = Plan(experiment, space.objectives, backend, self.entries, user, self.patience)
         log = TrialLog(self.tracker, ledger, progress, self.wanted.retries)
         undertaker = Undertaker()
         nodes = Watch(NodeProbe(), lambda values, taken: self.tracker.system(ledger.parent, values, taken), progress.line)
@@ -353,24 +374,31 @@ class _Sweep:
             nodes()
             undertaker()
 
+        def prepare() -> None:
+            store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
+
         try:
+            self._begin()
             with watched(lambda: drain(backend.mailbox), log, idle):
                 progress.line(f"preparing {experiment.benchmark.name}")
                 check_weights(experiment.network)
-                store.prepare(experiment.benchmark, ("train", "val"), experiment.network.frozen_sound)
+                self.patience.through(prepare, progress.line)
                 progress.line(f"{experiment.benchmark.name} is ready")
                 ending = search(space, plan, self.wanted, concurrency, ledger, undertaker)
             log.finish(ending.errors)
+            if ending.outage:
+                raise OutageError(f"{ending.outage}; what was computed is kept, and the same command with --name goes on")
             best = best_of(ledger.trials, space.objectives[0])
             if best is not None and best != ledger.tested:
+                chosen = override(experiment, ledger.trials[best].config)
                 with watched(lambda: drain(backend.mailbox), log, idle):
                     progress.line("testing the best configuration, and it alone")
-                    test(override(experiment, ledger.trials[best].config), best, store, self.tracker, ledger, progress)
+                    self.patience.through(lambda: test(chosen, best, store, self.tracker, ledger, progress), progress.line)
         except BaseException:
             try:
                 log.finish({})
             finally:
-                self.tracker.end(ledger.parent, "KILLED")
+                self._cut_off()
             raise
         return ending.reason
 
@@ -384,20 +412,34 @@ def test(
     """
     splits = [split for split in experiment.benchmark.splits() if split.startswith("test")]
     runs: dict[int, str] = {}
-    for seed in experiment.seeds:
-        name = f"{number} {seed}"
-        if name in ledger.test_runs:
-            tracker.resume(ledger.test_runs[name])
-        else:
-            run = tracker.stream(experiment, seed, f"best seed {seed}", ledger.parent)
-            ledger.update(test_runs={**ledger.test_runs, name: run})
-        runs[seed] = ledger.test_runs[name]
-    streams = [run_stream(experiment, seed, store, ("val", *splits), label="best ") for seed in experiment.seeds]
-    for outcomes in zip(*streams, strict=True):
-        for outcome in outcomes:
-            tracker.record(runs[outcome.seed], record_of(outcome))
-            progress.line(f"best: {outcome.headline()}")
-        tracker.metrics(ledger.parent, mean_over_seeds(outcomes), outcomes[0].task.index)
+
+    def log_once(name: str, task: int, log: Callable[[], None]) -> None:
+        """Logs a task of a run, unless MLflow has it already."""
+        if task > ledger.test_logged.get(name, -1):
+            log()
+            ledger.update(test_logged={**ledger.test_logged, name: task})
+
+    try:
+        for seed in experiment.seeds:
+            name = f"{number} {seed}"
+            if name in ledger.test_runs:
+                tracker.resume(ledger.test_runs[name])
+            else:
+                run = tracker.stream(experiment, seed, f"best seed {seed}", ledger.parent)
+                ledger.update(test_runs={**ledger.test_runs, name: run})
+            runs[seed] = ledger.test_runs[name]
+        streams = [run_stream(experiment, seed, store, ("val", *splits), label="best ") for seed in experiment.seeds]
+        for outcomes in zip(*streams, strict=True):
+            task = outcomes[0].task.index
+            for outcome in outcomes:
+                run, record = runs[outcome.seed], record_of(outcome)
+                log_once(f"{number} {outcome.seed}", task, partial(tracker.record, run, record))
+                progress.line(f"best: {outcome.headline()}")
+            log_once(str(number), task, partial(tracker.metrics, ledger.parent, mean_over_seeds(outcomes), task))
+    except BaseException:
+        for run in runs.values():
+            tracker.end(run, "KILLED")
+        raise
     for run in runs.values():
         tracker.end(run)
     chosen_by = ledger.plan["objectives"][0]
@@ -493,15 +535,12 @@ def conclude(objectives: Sequence[Objective], ledger: Ledger, tracker: Tracker, 
 
 
 def shared_by(trials: Mapping[int, Trial]) -> str:
-    """What the trials computed and what the store had of it: networks, scores, memories and counts, and worker-seconds."""
-    reports = [trial.metrics for trial in list(trials.values())]
-    names = ("computed_outcomes", "reused_outcomes", COMPUTED, "reused_worker_seconds")
-    computed, reused, computed_seconds, reused_seconds = (sum(float(each.get(name, 0)) for each in reports) for name in names)
-    return Reuse(int(computed), int(reused), computed_seconds, reused_seconds).describe()
+    """What the trials computed and what the store had of it: networks, states, scores and counts, and worker-seconds."""
+    return sum((trial.reuse for trial in list(trials.values())), Reuse()).describe()
 
 
-def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker) -> str:
-    """What the sweep's run says of itself in MLflow."""
+def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker, reports: bool) -> str:
+    """What the sweep's run says of itself in MLflow; `reports` says that it has a report."""
     objective, experiment = space.objectives[0], space.base
     ended = {number: trial for number, trial in sorted(ledger.trials.items()) if trial.state != "RUNNING"}
     best = best_of(ended, objective)
@@ -511,7 +550,7 @@ def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker) -> str:
     rows = [
         {"trial": number, **ended[number].config, **ended[number].metrics, "state": ended[number].state} for number in order
     ]
-    result = "No trial ended well."
+    result = "No trial ended well." if ended else "No trial has ended yet."
     if best is not None:
         chosen = " ".join(f"--set {name}={value}" for name, value in ended[best].config.items())
         result = f"Best: **{objective.metric} {ended[best].metrics[objective.metric]:.4f}** by trial {best}, `{chosen}`."
@@ -521,9 +560,9 @@ def note_of(space: cli.SearchSpace, ledger: Ledger, tracker: Tracker) -> str:
     links = {
         "all trials": tracker.address(ledger.parent, "artifacts/trials.csv"),
         "the data": tracker.address(ledger.parent, f"artifacts/{DATA_PICTURE}"),
-        "the report": tracker.address(ledger.parent, "artifacts/report.html"),
+        **({"the report": tracker.address(ledger.parent, "artifacts/report.html")} if reports else {}),
     }
-    text = f"{result}\n\n{note_table(['trial', *knobs, *metrics, 'state'], rows)}"
+    text = f"{result}\n\n{note_table(['trial', *knobs, *metrics, 'state'], rows)}" if ended else result
     return note(space.doc, facts, text, command(), {name: link.removeprefix("/") for name, link in links.items()})
 
 

@@ -311,6 +311,10 @@ class Tracker:
             text = text[:TAG_CHARACTERS].rpartition("\n")[0] + "\n..."
         self.tag(run_id, {"mlflow.note.content": text})
 
+    def noted(self, run_id: str) -> bool:
+        """Whether the run has a description. InputError where there is no such run."""
+        return "mlflow.note.content" in self.tags(run_id)
+
     def address(self, run_id: str, part: str = "") -> str:
         """A run's page, or "artifacts/report.html" of it, as a path behind the server's address."""
         return f"/#/experiments/{self.experiment_id}/runs/{run_id}" + (f"/{part}" if part else "")

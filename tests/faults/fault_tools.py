@@ -152,6 +152,11 @@ def epochs_of(*streams: Process | Here) -> dict[str, list[int]]:
     return found
 
 
+def make_room(disk: Path) -> None:
+    """Makes the file system of the fixture `small_disk` large enough for everything."""
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+
+
 def left_behind(outputs: Path) -> list[str]:
     """Unfinished files, things to resume, locks that are held and scratch under a folder of results."""
     store = outputs / "store"

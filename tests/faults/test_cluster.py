@@ -21,7 +21,7 @@ import pytest
 from fault_namespaces import namespaces
 from fault_nodes import port_of_nobody
 from fault_stream import EPOCHS
-from fault_tools import Here, Process, epochs_of, finished, left_behind, result_of, running, stream, verb
+from fault_tools import Here, Process, epochs_of, finished, left_behind, make_room, result_of, running, stream, verb
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from random_kills import NAME, ending, kept, made
@@ -37,7 +37,7 @@ pytestmark = [
 LONG = ("--set", "schedule.base_epochs=20", "--set", "schedule.epochs=2")  # a base task long enough to be hit
 SWEEP = ("tones", "--trials", "2", "--sampler", "tpe", "--no-report", *LONG)
 IN_MIDDLE = "epoch "  # a line on an epoch: a worker trains the base task
-INTERRUPTED = 130
+INTERRUPTED, BAD_INPUT = 130, 2
 NODES, NAMESPACES = (Path(__file__).parent / name for name in ("fault_nodes.py", "fault_namespaces.py"))
 
 
@@ -113,6 +113,33 @@ def test_sigkill_below_a_sweep(title: str, what: str, undisturbed: Path, tmp_pat
     assert kept(before, made(tmp_path))
     ended_alike(tmp_path, undisturbed)
     record(f"SIGKILL of {what}", "in the base task", "at most the networks in flight", "trials.csv, best.json: all bytes")
+
+
+@pytest.mark.parametrize("patient", [True, False], ids=["waits", "ends"])
+def test_a_full_disk_below_a_sweep(
+    patient: bool, undisturbed: Path, small_disk: Path, tmp_path: Path, record: Callable[..., None]
+) -> None:
+    """The store's disk. The sweep waits until there is room; without patience it ends, and the same command goes on."""
+    command = [*sweep(tmp_path), "--wait-out", "10m" if patient else "0"]
+    with running(command) as process:
+        if patient:
+            process.until("no space left while writing to")
+            make_room(small_disk)
+        status = process.end()
+    assert status == (0 if patient else BAD_INPUT), process.output
+    if not patient:
+        assert "error: no space left while writing to" in process.output
+        assert "the same command with --name goes on" in process.output
+        ledger = json.loads((tmp_path / "sweeps" / NAME / "sweep.json").read_text())
+        assert {trial["state"] for trial in ledger["trials"].values()} == {"RUNNING"}  # none has failed for good
+        assert {run.info.status for kind in ("sweep", "trial", "stream") for run in runs(tmp_path, kind)} == {"KILLED"}
+        make_room(small_disk)
+        with running(command) as process:
+            assert process.end() == 0, process.output
+    ended_alike(tmp_path, undisturbed)
+    record("a sweep's store has no room (tmpfs of 400 KiB), then a larger disk", "while networks are written",
+           f"the networks in flight; the sweep {'waited' if patient else 'ended with status 2 and went on'}",
+           "trials.csv, best.json: all bytes")  # fmt: skip
 
 
 def test_three_random_kills_of_a_sweep(undisturbed: Path, tmp_path: Path, record: Callable[..., None]) -> None:
@@ -330,17 +357,19 @@ def test_asha_prunes_on_ray(tmp_path: Path, record: Callable[..., None]) -> None
     record("ASHA stops trials (no fault)", "after task 2 of 3", "nothing", f"{len(pruned)} of 6 trials PRUNED")
 
 
-def test_the_mlflow_server_is_away_for_a_while(tmp_path: Path, record: Callable[..., None]) -> None:
+@pytest.mark.parametrize("name", ["compare", "sweep"])
+def test_the_mlflow_server_is_away_for_a_while(name: str, tmp_path: Path, record: Callable[..., None]) -> None:
     away = float(os.environ.get("FAULT_MLFLOW_SECONDS", "60"))
     port, database = port_of_nobody(), tmp_path / "server.db"
     server = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
               "--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(tmp_path / "served")]  # fmt: skip
-    compare = verb("compare", "tones", "--seeds", "0,1,2", "--local", "--name", NAME,
+    own = {"compare": ("--seeds", "0,1,2", "--local"), "sweep": ("--trials", "2", "--sampler", "tpe")}[name]
+    command = verb(name, "tones", *own, "--no-report", "--name", NAME,
                    "--set", "schedule.base_epochs=6", "--set", "schedule.epochs=6")  # fmt: skip
     with running(server) as first:
         first.until("startup complete")
         with running(
-            [*compare, "--outputs", str(tmp_path / "a")], {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+            [*command, "--outputs", str(tmp_path / "a")], {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
         ) as process:
             process.until("task 1/2 learned")
             first.kill()
@@ -350,11 +379,12 @@ def test_the_mlflow_server_is_away_for_a_while(tmp_path: Path, record: Callable[
                 assert process.end() == 0, process.output
                 second.signal(signal.SIGTERM)
                 second.end()
-    calm = finished([*compare, "--outputs", str(tmp_path / "b")])
+    calm = finished([*command, "--outputs", str(tmp_path / "b")])
     assert calm.popen.returncode == 0, calm.output
-    tables = [(tmp_path / each / "comparisons" / NAME / "table.csv").read_text() for each in "ab"]
+    table = Path("comparisons", NAME, "table.csv") if name == "compare" else Path("sweeps", NAME, "trials.csv")
     without_cost = [
-        [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(text.splitlines())] for text in tables
+        [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(text.splitlines())]
+        for text in ((tmp_path / each / table).read_text() for each in "ab")
     ]
     assert without_cost[0] == without_cost[1]
     logged = []
@@ -362,15 +392,16 @@ def test_the_mlflow_server_is_away_for_a_while(tmp_path: Path, record: Callable[
         client = MlflowClient(uri)
         experiment = client.get_experiment_by_name("cavs").experiment_id
         found = {}
-        for run in client.search_runs([experiment], "tags.kind = 'stream'"):
+        for run in (each for kind in ("stream", "trial") for each in client.search_runs([experiment], f"tags.kind = '{kind}'")):
             assert run.info.status == "FINISHED"
             found[run.data.tags["mlflow.runName"]] = {
-                name: sorted({(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)})
-                for name in run.data.metrics if "seconds" not in name
+                metric: sorted((point.step, point.value) for point in client.get_metric_history(run.info.run_id, metric))
+                for metric in run.data.metrics if "seconds" not in metric and "outcomes" not in metric
             }  # fmt: skip
         logged.append(found)
     assert logged[0] == logged[1]
-    assert len(logged[0]) == 3
+    assert len(logged[0]) == {"compare": 3, "sweep": 5}[name]  # streams; two trials, their streams, the best one's
     record(
-        f"MLflow's server is killed and away for {away:.0f} s", "after the first task", "nothing", "every metric of every step"
-    )
+        f"MLflow's server is killed and away for {away:.0f} s below {name}", "after the first task", "nothing",
+        "every metric of every step, each once",
+    )  # fmt: skip

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import multiprocessing
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from cavs_model.datasets.collage import Collage
@@ -28,7 +31,9 @@ from orchestrator.experiment import Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.progress import planned_work
 from orchestrator.ray_backend import Cluster, Node, connected, in_a_worker, nodes
-from orchestrator.readiness import Finding, Speed, Work, in_store, look, measure, on_nodes, work_of
+from orchestrator.readiness import Finding, Look, Speed, Work, in_store, look, measure, on_nodes, work_of
+from orchestrator.remote import Remote, UnreachableError
+from orchestrator.shared import SharedEntries
 from orchestrator.store import StoredBackend
 from orchestrator.stream import run_stream
 from search_spaces.tones import BASE
@@ -58,7 +63,7 @@ def problems(findings: list[Finding]) -> list[str]:
         (Resources(workers=2, cpus_per_worker=1, gpus_per_worker=1), ""),
         (Resources(workers=9), "the cluster has 8"),
         (Resources(workers=1, cpus_per_worker=6), "the nodes have room for 0"),
-        (Resources(workers=2, cpus_per_worker=3, gpus_per_worker=0.5), ""),
+        (Resources(workers=1, cpus_per_worker=3, gpus_per_worker=0.5), ""),
         (Resources(workers=1, gpus_per_worker=2), "the nodes have room for 0"),
     ],
 )
@@ -111,6 +116,22 @@ def test_a_cluster_without_a_token_is_a_problem(
     assert "cannot be told" in problems(readiness.of_cluster(cluster, [ONE], None))[0]
 
 
+def test_a_sweep_does_not_join_a_cluster_known_to_have_no_token(
+    dashboard: tuple[str, dict[str, object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, answer = dashboard
+    joined = dataclasses.replace(CLUSTER, dashboard=address)
+    monkeypatch.setattr(readiness, "nodes", lambda: [ONE])
+    for told in ({"authentication_mode": "token"}, {}):  # or it does not say
+        answer |= told
+        readiness.ready(SHORT, tmp_path, joined)
+        answer.clear()
+    answer["authentication_mode"] = "disabled"
+    with pytest.raises(InputError, match=r"token: the cluster does not ask for a token \(disabled\).*RAY_AUTH_MODE=token"):
+        readiness.ready(SHORT, tmp_path, joined)
+    readiness.ready(SHORT, tmp_path, dataclasses.replace(joined, started_here=True))  # nobody else reaches it
+
+
 def test_a_file_is_open_where_its_folders_are() -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         file = Path(name) / "token"
@@ -125,30 +146,213 @@ def test_a_file_is_open_where_its_folders_are() -> None:
 
 
 def test_a_node_sees_the_folder_or_tells_why_not(tmp_path: Path) -> None:
-    with readiness.shared_probe(tmp_path) as (folder, word):
-        seen = look(str(folder), word, SHORT, weights=True)
+    with readiness.shared_probe("store", tmp_path, "word") as probe:
+        topic, folder = probe
+        seen = look("word", [probe], SHORT, weights=True)
         assert not seen.problems
-        assert (folder / seen.wrote).read_text() == word
+        [(_, wrote)] = seen.wrote
+        assert (topic, wrote.parent, wrote.read_text()) == ("store", folder, "word")
         assert seen.memory_bytes > 1e8
-        [other] = look(str(folder), "another word", None, weights=False).problems
+        [other] = look("another word", [probe], None, weights=False).problems
         assert "holds something else" in other.text
         broken = override(SHORT, {"network.visual_weights": "/no/such/file"})
-        [other] = look(str(folder), word, broken, weights=True).problems
+        [other] = look("word", [probe], broken, weights=True).problems
         assert (other.topic, "/no/such/file" in other.text) == ("weights", True)
     assert not list(tmp_path.iterdir())
-    [absent] = look(str(folder), word, None, weights=False).problems
-    assert "No such file or directory; mount the same folder on every node" in absent.text
+    # One of a topic is enough: the second lies in the first.
+    outputs, store = look("word", [("outputs", folder), ("outputs", folder / "store"), probe], None, weights=False).problems
+    absent = "No such file or directory; mount the same folder on every node, and give it as an absolute path by"
+    assert (outputs.topic, f"{absent} CAVS_OUTPUTS" in outputs.text) == ("outputs", True)
+    assert (store.topic, f"{absent} --store or CAVS_STORE" in store.text) == ("store", True)
     folder.mkdir()
-    (folder / "driver").write_text(word)
-    [unlocked] = look(str(folder), word, None, weights=False).problems  # nobody is kept out by the driver's lock
+    (folder / "driver").write_text("word")
+    [unlocked] = look("word", [probe], None, weights=False).problems  # nobody is kept out by the driver's lock
     assert "locks" in unlocked.text
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match=f"cannot write to {tmp_path / 'file'}: Not a directory"),
+        readiness.shared_probe("store", tmp_path / "file", "word"),
+    ):
+        pass
+
+
+def _probe_until_killed(folder: Path) -> None:
+    with readiness.shared_probe("outputs", folder, "word"):
+        (folder / "began").touch()
+        time.sleep(600)
+
+
+def test_what_a_killed_check_left_goes_with_the_next_sweep_and_no_living_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readiness, "nodes", lambda: [ONE])
+    child = multiprocessing.get_context("spawn").Process(target=_probe_until_killed, args=(tmp_path,))
+    child.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "began").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        [left] = tmp_path.glob(".probe-*")
+        (tmp_path / ".probe-0").touch()  # as a verb makes it for a moment when it begins
+        readiness.ready(SHORT, tmp_path, CLUSTER)
+        assert (left / "driver").read_text() == "word"
+    finally:
+        child.kill()  # SIGKILL
+        child.join()
+        child.close()
+    assert left.is_dir()
+    readiness.ready(SHORT, tmp_path, CLUSTER)
+    assert {path.name for path in tmp_path.iterdir()} == {"began", ".probe-0"}
+
+
+def test_who_is_taken_for_dead_before_the_lock_is_held_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mkdir = Path.mkdir
+    made: list[Path] = []
+
+    def cleared(path: Path, *given: object) -> None:
+        mkdir(path)
+        made.append(path)
+        if len(made) == 1:
+            readiness.clear_probes(tmp_path)
+
+    monkeypatch.setattr(Path, "mkdir", cleared)
+    with readiness.shared_probe("outputs", tmp_path, "word") as (_, folder):
+        assert folder == made[1]
+        readiness.clear_probes(tmp_path)
+        assert list(tmp_path.iterdir()) == [folder]
+    assert list(tmp_path.iterdir()) == []
+
+
+# Stores.
+
+
+def seen_from_two(tmp_path: Path, store: Entries, second: Callable[[partial[Look]], Look]) -> list[Finding]:
+    """What is found where the second node looks in another way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readiness, "on_every_node", lambda call, seconds: {ONE: call(), TWO: second(call)})
+        patch.setattr(readiness, "nodes", lambda: [ONE, TWO])
+        (tmp_path / "outputs").mkdir(exist_ok=True)
+        store.make()
+        found, _ = on_nodes(tmp_path / "outputs", SHORT, weights=False, where=[ONE, TWO], store=store)
+        if told := problems(found):
+            topics = "|".join(line.partition(":")[0] for line in told)
+            with pytest.raises(InputError, match=f"^({topics}): "):
+                readiness.ready(SHORT, tmp_path / "outputs", CLUSTER, store)
+        else:
+            readiness.ready(SHORT, tmp_path / "outputs", CLUSTER, store)
+    assert not list(tmp_path.rglob(".probe-*"))
+    return found
+
+
+def test_every_node_must_write_and_lock_a_store_outside_of_the_outputs(tmp_path: Path) -> None:
+    store = Entries(tmp_path / "elsewhere")
+
+    def blind(call: partial[Look]) -> Look:
+        word, probes, *others = call.args
+        return look(word, [(topic, folder / ("absent" if topic == "store" else "")) for topic, folder in probes], *others)
+
+    def on_a_disk_of_its_own(call: partial[Look]) -> Look:
+        return dataclasses.replace(call(), wrote=(("store", store.root / ".probe-0" / "node-0"),))
+
+    found = seen_from_two(tmp_path, store, lambda call: call())
+    assert f"{store.root} is read, written and locked from each of 2 nodes" in [each.text for each in found if each.ok]
+    for second, told in (
+        (blind, "No such file or directory; mount the same folder on every node, and give it as an absolute path by --store"),
+        (on_a_disk_of_its_own, "writes to a folder of that name that is not this one"),
+    ):
+        found = seen_from_two(tmp_path, store, second)
+        [line] = problems(found)
+        assert line.startswith("store: second/222222")
+        assert told in line
+        assert "outputs" in {each.topic for each in found if each.ok}
+        assert "store" not in {each.topic for each in found if each.ok}
+
+
+def test_every_node_must_reach_a_store_behind_a_uri(tmp_path: Path) -> None:
+    store = SharedEntries(tmp_path / "outputs" / "store", f"file://{tmp_path}/far")
+
+    def without_credentials(call: partial[Look]) -> Look:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Remote, "write", lambda *_: (_ for _ in ()).throw(UnreachableError("denied")))
+            return call()
+
+    def to_another(call: partial[Look]) -> Look:
+        *others, _ = call.args
+        return look(*others, SharedEntries(store.root, f"file://{tmp_path}/another"))
+
+    found = seen_from_two(tmp_path, store, lambda call: call())
+    assert f"{store.name} is read, written and locked from each of 2 nodes" in [each.text for each in found if each.ok]
+    for second, told in ((without_credentials, "denied; check --store"), (to_another, "lead every node to the same store")):
+        [line] = problems(seen_from_two(tmp_path, store, second))
+        assert line.startswith("store: second/222222")
+        assert told in line
+    assert Remote(store.uri).files("") == {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Remote, "write", lambda *_: (_ for _ in ()).throw(UnreachableError("denied")))
+        found, _ = on_nodes(tmp_path / "outputs", None, weights=False, store=store)  # from here
+    assert problems(found) == [line for line in problems(found) if line.startswith("store: denied; check --store")] != []
+
+
+# Precision.
+
+
+def test_auto_must_mean_the_same_wherever_a_worker_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    head, bare = Node("3" * 40, "head", 0, 0), Node("4" * 40, "bare", 8, 0)
+    there = [ONE, TWO, head, bare]
+    meanings: dict[Node, str] = {}
+
+    def answers(call: partial[Look], seconds: float) -> dict[Node, Look]:
+        return {node: dataclasses.replace(call(), auto=meanings[node]) for node in there}
+
+    def told(precision: str, gpus: float, *auto: str) -> list[str]:
+        meanings.update(zip(there, auto, strict=True))
+        experiment = override(SHORT, {"precision": precision, "resources.gpus_per_worker": gpus})
+        found, _ = on_nodes(tmp_path, experiment, weights=False, where=there)
+        refused = [line for line in problems(found) if line.startswith("precision")]
+        if refused:
+            with pytest.raises(InputError, match="precision: auto means"):
+                readiness.ready(experiment, tmp_path, CLUSTER)
+        else:
+            readiness.ready(experiment, tmp_path, CLUSTER)
+        return refused or [each.text for each in found if each.topic == "precision"]
+
+    monkeypatch.setattr(readiness, "on_every_node", answers)
+    monkeypatch.setattr(readiness, "nodes", lambda: there)
+    [line] = told("auto", 0, "bf16", "fp32", "fp32", "bf16")
+    assert "auto means bf16 on first/111111, bare/444444 and fp32 on second/222222, and the store" in line
+    assert "--set precision=fp32 or --set precision=bf16" in line
+    assert told("auto", 0, "bf16", "bf16", "fp32", "bf16") == ["auto means bf16 here"]  # no worker fits onto the head
+    assert told("auto", 1, "fp32", "fp32", "", "") == ["auto means fp32 here"]  # nor onto one without GPU
+    assert told("auto", 0.5, "fp32", "bf16", "", "bf16")[0].startswith("precision: auto means bf16 on second/222222 and fp32")
+    assert told("fp32", 0, "", "", "", "") == []
+
+
+def test_a_look_says_what_auto_means_on_the_device_of_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def meaning(**changes: object) -> str:
+        return look("", [], override(SHORT, changes), weights=False).auto
+
+    native = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    assert meaning(precision="auto") == ("bf16" if native else "fp32")
+    assert [meaning(precision=each) for each in ("fp32", "bf16")] == ["", ""]
+    on_gpu = {"precision": "auto", "resources.gpus_per_worker": 1}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert meaning(**on_gpu) == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
+        assert meaning(**on_gpu) == ("bf16" if supported else "fp32")
+    assert look("", [], None, weights=False).auto == ""
+
+
 def test_every_nodes_problems_stand_in_one_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def answers(call: partial[readiness.Look], seconds: float) -> dict[Node, object]:
+    def answers(call: partial[Look], seconds: float) -> dict[Node, object]:
         fine = call()
         stale = {**fine.versions, "torch": "1.0", "code": "0"}
-        elsewhere = dataclasses.replace(fine, wrote="node-written-elsewhere", versions=stale)
+        elsewhere = dataclasses.replace(fine, wrote=(("outputs", tmp_path / "written-elsewhere"),), versions=stale)
         return {ONE: fine, TWO: elsewhere, Node("3" * 40, "third", 1, 0): ModuleNotFoundError("No module named 'orchestrator'")}
 
     monkeypatch.setattr(readiness, "on_every_node", answers)
@@ -238,7 +442,7 @@ def test_too_little_disk_and_memory_are_problems(tmp_path: Path, monkeypatch: py
         assert [each.topic for each in found if not each.ok and each.topic != "gpu memory"] == told
         assert "gpu memory" in {each.topic for each in found if not each.ok}
     [time] = [each.text for each in readiness.plan(SHORT, work, tmp_path, 1, 10**10, on_ray=False) if each.topic == "time"]
-    assert "about 00:10:00 (500.0 ms a clip" in time
+    assert "about 00:10:00 (500.0 ms a clip, measured now; rehearsed clips included" in time
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10))
     monkeypatch.setattr(readiness, "nodes", lambda: [ONE])
     with pytest.raises(InputError, match=r"disk: .* are needed to begin with"):
@@ -267,8 +471,13 @@ def test_all_problems_stand_in_one_report(
     assert "secret" not in told
     assert any("not looked at, they are the sweep's own: --name weekend" in line for line in lines)
     assert lines[-1] == "2 problems"
-    assert verb(monkeypatch, "tones", "--local", "--outputs", tmp_path, "--set", "method.no_such=1") == 2
-    assert "experiment: unknown field 'method.no_such'" in capsys.readouterr().out
+    (tmp_path / "file").touch()
+    arguments = ["--set", "method.no_such=1", "--store", f"{tmp_path}/file/store"]
+    assert verb(monkeypatch, "tones", "--local", "--outputs", tmp_path, *arguments) == 2
+    told = capsys.readouterr().out
+    assert "experiment: unknown field 'method.no_such'" in told
+    assert f"problem  store: cannot write the store {tmp_path}/file/store" in told
+    assert "ok       outputs:" in told
 
 
 def test_a_space_that_can_run_here(outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,13 +509,15 @@ def test_on_a_cluster(tmp_path: Path) -> None:
     with connected() as cluster:
         there = nodes()
         assert not problems(readiness.of_cluster(cluster, there, Resources()))
-        found, _ = on_nodes(tmp_path, SHORT, weights=True, where=there)
-        assert problems(found) == []
-        assert any(each.text.endswith("from the one node") for each in found)
+        for store in (Entries(tmp_path / "folder"), SharedEntries(tmp_path / "store", f"file://{tmp_path}/far")):
+            store.make()
+            found, _ = on_nodes(tmp_path, SHORT, weights=True, where=there, store=store)
+            assert problems(found) == []
+            assert f"{store.name} is read, written and locked from the one node" in [each.text for each in found]
         speed = in_a_worker(partial(measure, SHORT), Resources())
         assert 0 < speed.seconds_per_clip < 60
         assert speed.memory_bytes > 1e8
         with pytest.raises(TimeoutError):
             in_a_worker(partial(measure, SHORT), Resources(cpus_per_worker=10_000), seconds=0.5)
         readiness.ready(SHORT, tmp_path, cluster)
-        assert not list(tmp_path.iterdir())
+        assert not list(tmp_path.rglob(".probe-*"))

@@ -1,5 +1,6 @@
 """What the verbs share, and that bad input ends in one line and status 2 before anything is started."""
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -342,3 +343,21 @@ def test_the_real_command_ends_with_status_2_and_one_line(tmp_path):
     assert told.stderr.startswith("error: unknown field 'bogus.path'; the fields of Experiment are: benchmark,")
     assert told.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90", 90), ("90s", 90), ("1.5m", 90), ("48h", 48 * 3600), ("2d", 2 * 86400), ("0", 0)]
+)
+def test_a_time_has_a_unit_or_is_in_seconds(text, seconds):
+    assert cli.duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "h", "-1", "1 h", "1w", "1e3", "inf", "nan", "٣", "1h30m"])
+def test_what_is_no_time_is_told(text, capsys):
+    with pytest.raises(argparse.ArgumentTypeError, match="is no time: write seconds, or a number with s, m, h or d"):
+        cli.duration(text)
+    made = argparse.ArgumentParser()
+    cli.add_patience(made)
+    with pytest.raises(SystemExit):
+        made.parse_args(["--wait-out=" + text])
+    assert "argument --wait-out: " in capsys.readouterr().err

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from cavs_model import train
-from cavs_model.errors import InputError
-from orchestrator import cli, compare
+from cavs_model.errors import InputError, OutageError
+from orchestrator import cli, compare, local_backend, outage
 from orchestrator.cli import load_space
 from orchestrator.compare import entries_of, mean_work, streams_of
 from orchestrator.comparison import PLAN_FILE
@@ -148,6 +149,75 @@ def test_what_was_cut_off_goes_on_in_the_same_runs(
     assert after == dict.fromkeys(before, "FINISHED")
     (parent,) = runs(tmp_path, "comparison")
     assert parent.info.status == "FINISHED"
+    assert not logged_twice(tmp_path)
+
+
+def logged_twice(outputs: Path) -> list[tuple[str, str]]:
+    """Runs and metrics of them that have a step twice."""
+    client, found = MlflowClient(f"sqlite:///{outputs}/mlflow.db"), []
+    for each in runs(outputs, "stream"):
+        for name in each.data.metrics:
+            steps = [point.step for point in client.get_metric_history(each.info.run_id, name)]
+            if len(steps) != len(set(steps)):
+                found.append((each.info.run_id, name))
+    return found
+
+
+def test_an_interrupt_while_the_run_is_described_leaves_no_second_one(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (space, "--seeds", "0", "--name", "cut", "--only", "plain")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare.Tracker, "data_picture", interrupted)
+        assert run(patch, tmp_path, *arguments) == 130
+    (parent,) = runs(tmp_path, "comparison")
+    assert parent.info.status == "KILLED"
+    assert run(monkeypatch, tmp_path, *arguments) == 0
+    (again,) = runs(tmp_path, "comparison")
+    assert (again.info.run_id, again.info.status) == (parent.info.run_id, "FINISHED")
+    assert {"data_train.png", "environment.json", "config.json"} <= {
+        each.path for each in MlflowClient(f"sqlite:///{tmp_path}/mlflow.db").list_artifacts(again.info.run_id)
+    }
+
+
+def test_an_outage_is_waited_for_in_the_same_runs(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left = [2]  # the first stream's first try, and the first of the second task
+
+    def full(job: object, *more: object) -> object:
+        if left[0] and (left[0] == 2 or job.task.index == 1):  # type: ignore[attr-defined]
+            left[0] -= 1
+            raise OutageError("no space left")
+        return trained(job, *more)
+
+    trained = local_backend.train_task
+    monkeypatch.setattr(local_backend, "train_task", full)
+    monkeypatch.setattr(outage, "RETRY_SECONDS", 0.01)
+    assert run(monkeypatch, tmp_path, space, "--seeds", "0", "--name", "full", "--only", "plain") == 0
+    shown = capsys.readouterr().out
+    assert shown.count("no space left; tried again") == 2
+    assert len(runs(tmp_path, "stream")) == 1
+    assert not logged_twice(tmp_path)
+    assert re.search(r"4 outcomes computed \(\d+ worker-seconds\), 0 reused \(0", shown)
+
+
+def test_an_outage_that_lasts_ends_with_what_to_do(
+    space: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OutageError("no space left")
+
+    arguments = (space, "--seeds", "0", "--name", "full", "--only", "plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(local_backend, "train_task", full)
+        assert run(patch, tmp_path, *arguments, "--wait-out", "0") == 2
+    assert "error: no space left" in capsys.readouterr().err
+    assert run(monkeypatch, tmp_path, *arguments) == 0
 
 
 def test_another_configuration_under_the_same_name_is_refused_with_the_difference(

@@ -1,6 +1,7 @@
 """docs/ against the code: examples run as they stand, links lead somewhere, quoted messages exist, public names speak."""
 
 import ast
+import itertools
 import os
 import re
 import shutil
@@ -38,15 +39,80 @@ def test_relative_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(there), f"{page.name} links to {target}"
 
 
+# Troubleshooting: what its rows quote is in the source, and what the source can say to a user is quoted by a row.
+
+ERRORS = {"InputError", "DivergedError"}  # and what is derived from them
+LEAST_LETTERS = 3  # of a quote, so that `… … …` is none of everything
+
+# What needs no row, with the reason.
+SELF_EXPLAINING = (
+    "--yes deletes, --dry-run and --debug only show; leave out one of the two",  # two arguments of one command line
+)
+
+
+def squeezed(text):
+    return re.sub("…+", "…", text)
+
+
+def told(node):
+    """The texts that an expression may have, with an ellipsis where a value stands; each side of a condition is one."""
+    if isinstance(node, ast.Constant):
+        return {str(node.value)}
+    if isinstance(node, ast.JoinedStr):
+        parts = [told(part) for part in node.values]
+        return {squeezed("".join(each)) for each in itertools.product(*parts)}
+    if isinstance(node, ast.FormattedValue):
+        return told(node.value) if isinstance(node.value, ast.IfExp | ast.JoinedStr) else {"…"}
+    if isinstance(node, ast.IfExp):
+        return told(node.body) | told(node.orelse)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return {squeezed(left + right) for left in told(node.left) for right in told(node.right)}
+    return {"…"}
+
+
+def trees():
+    return [ast.parse(path.read_text()) for path in SOURCES]
+
+
 def messages():
-    """Every text of the sources, with an ellipsis where a value stands."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                text = "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
-                yield re.sub("…+", "…", text)
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield node.value
+    """Every text of the sources."""
+    for tree in trees():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                yield from told(node)
+
+
+def derived():
+    """The names of the classes of ERRORS and of those derived from them."""
+    classes = [node for tree in trees() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    kinds, before = set(ERRORS), set()
+    while kinds != before:
+        before = set(kinds)
+        kinds |= {each.name for each in classes for base in each.bases if isinstance(base, ast.Name) and base.id in kinds}
+    return kinds
+
+
+def makers(tree, kinds):
+    """What makes errors in a file: the classes, names for one of several, and functions that are given an error's `text`."""
+    names = set(kinds)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.IfExp):
+            sides = (node.value.body, node.value.orelse)
+            if all(isinstance(side, ast.Name) and side.id in kinds for side in sides):
+                names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.FunctionDef) and isinstance(node.returns, ast.Name) and node.returns.id in kinds:
+            names |= {node.name for first in node.args.args[:1] if first.arg == "text"}
+    return names
+
+
+def errors():
+    """The texts of all errors that are told in one line. What only passes another text on has no letters and is left out."""
+    kinds = derived()
+    for tree in trees():
+        names = makers(tree, kinds)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names and node.args:
+                yield from (text for text in told(node.args[0]) if re.search("[a-z]", text))
 
 
 def quoted():
@@ -60,6 +126,16 @@ def test_quoted_messages_are_in_the_source():
     gone = [text for text in quoted() if not any(text in message for message in known)]
     assert not gone
     assert len(quoted()) > 50
+
+
+def test_every_message_is_quoted_or_explains_itself():
+    quotes = quoted()
+    assert [text for text in quotes if len(re.findall("[A-Za-z]", text)) < LEAST_LETTERS] == []
+    said = set(errors())
+    missing = [text for text in said if text not in SELF_EXPLAINING and not any(quote in text for quote in quotes)]
+    assert sorted(missing) == []
+    assert set(SELF_EXPLAINING) <= said
+    assert len(said) > 200
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

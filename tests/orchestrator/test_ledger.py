@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cavs_model.errors import InputError
+from orchestrator import sweep
 from orchestrator.experiment import Objective
 from orchestrator.ledger import LEDGER_FILE, LOCK_FILE, Ledger, Trial, held, is_begun
 from orchestrator.progress import Progress
-from orchestrator.sweep import TrialLog, best_of, pareto_front
+from orchestrator.store import Reuse
+from orchestrator.sweep import TrialLog, best_of, pareto_front, shared_by
 from search_spaces.tones import BASE
 
 PLAN = {"experiment": {"schedule.epochs": 2, "seeds": (0, 1)}, "sampler": "gp"}
@@ -126,6 +131,67 @@ def test_a_failed_trial_is_tried_again_as_often_as_told(tmp_path: Path) -> None:
     assert log.ledger.trials[1].state == "FAILED"
     assert log.ledger.trials[1].error == "a worker died"
     assert {call[1] for call in tracker.named("end")} == {"FAILED"}
+
+
+def test_what_an_attempt_computed_is_no_reuse_of_the_next(tmp_path: Path) -> None:
+    """Neither of one that Tune tries again nor of a sweep that goes on: both find in the store what was computed before."""
+    log, _, _ = log_of(tmp_path, retries=1)
+
+    def report(computed: int, reused: int) -> dict[str, Any]:
+        found = {"computed_outcomes": computed, "computed_worker_seconds": 10.0 * computed}
+        return {**found, "reused_outcomes": reused, "reused_worker_seconds": 10.0 * reused, "x": 1.0}
+
+    log(START)
+    log(event("report", metrics=report(computed=2, reused=3), task=0))
+    log(FAILED)
+    log(START)
+    log(event("report", metrics=report(computed=1, reused=5), task=1))  # two of the five are its own
+    trial = log.ledger.trials[1]
+    assert trial.reuse == Reuse(3, 3, 30.0, 30.0)
+    assert log.ledger.worker_seconds() == 30.0
+    again = Ledger.open(tmp_path, log.ledger.plan)
+    again.begin(1, trial.config, trial.attrs)
+    again.change(1, metrics=report(computed=1, reused=6))
+    assert again.trials[1].reuse == Reuse(4, 3, 40.0, 30.0)
+    assert shared_by(again.trials) == "4 outcomes computed (40 worker-seconds), 3 reused (30 worker-seconds)"
+
+
+@dataclass
+class Outcome:
+    """As much of a task's outcome as a test of the best configuration looks at."""
+
+    seed: int
+    task: Any
+
+    def headline(self) -> str:
+        return f"task {self.task.index}"
+
+
+def test_testing_that_is_cut_off_ends_its_runs_and_logs_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, tracker, _ = log_of(tmp_path, retries=0)
+    log.ledger.update(parent="parent")
+    cut = [True]
+
+    def stream(*arguments: Any, **options: Any) -> Iterator[Outcome]:
+        yield Outcome(0, SimpleNamespace(index=0))
+        if cut[0]:
+            raise KeyboardInterrupt
+        yield Outcome(0, SimpleNamespace(index=1))
+        raise RuntimeError("far enough")
+
+    monkeypatch.setattr(sweep, "run_stream", stream)
+    monkeypatch.setattr(sweep, "record_of", lambda outcome: outcome.task.index)
+    monkeypatch.setattr(sweep, "mean_over_seeds", lambda outcomes: {"miou": 1.0})
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            sweep.test(BASE, 1, None, tracker, log.ledger, log.progress)  # type: ignore[arg-type]
+        cut[0] = False
+    run = log.ledger.test_runs["1 0"]
+    assert tracker.named("record") == [(run, 0), (run, 1)]
+    assert [call[2] for call in tracker.named("metrics")] == [0, 1]
+    assert tracker.named("end") == [(run, "KILLED"), (run, "KILLED")]
+    assert tracker.named("resume") == [(run,)]
+    assert Ledger.open(tmp_path, log.ledger.plan).test_logged == {"1 0": 1, "1": 1}
 
 
 def test_bad_input_is_not_tried_again(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ class Store:
 
 def test_samples_are_taken_in_time_and_wait_while_mlflow_is_away():
     clock, told, store = [100.0], [], Store()
-    watch = Watch(lambda: {"n1": {"cpu": 1.0}, "n2": {"cpu": 2.0}}, store, told.append, lambda: clock[0])
+    watch = Watch(lambda: {"n1": {"cpu": 1.0}, "n2": {"cpu": 2.0}}, store, told.append, lambda: clock[0], lambda: clock[0])
     for seconds in (0, 1, INTERVAL_SECONDS - 2, 2):
         clock[0] += seconds
         watch()
@@ -51,9 +51,20 @@ def test_samples_are_taken_in_time_and_wait_while_mlflow_is_away():
     assert [taken for _, taken in store.written] == sorted(taken for _, taken in store.written)
 
 
+def test_a_clock_that_is_set_back_or_forward_changes_no_interval():
+    passed, clock, store = [5.0], [1e9], Store()
+    watch = Watch(lambda: {"n": {"cpu": 1.0}}, store, print, lambda: clock[0], lambda: passed[0])
+    for days in (0, -3, 5):
+        clock[0] += days * 86400
+        for seconds in (0, INTERVAL_SECONDS / 2, INTERVAL_SECONDS / 2):
+            passed[0] += seconds
+            watch()
+    assert [taken for _, taken in store.written] == [1e9, 1e9, 1e9 - 3 * 86400, 1e9 + 2 * 86400]
+
+
 def test_a_probe_that_has_no_answer_yet_is_asked_again_at_once():
     answers, store = [{}, {}, {"n": {"cpu": 1.0}}], Store()
-    watch = Watch(lambda: answers.pop(0), store, print, lambda: 0.0)
+    watch = Watch(lambda: answers.pop(0), store, print, lambda: 0.0, lambda: 0.0)
     for _ in range(5):
         watch()
     assert (len(store.written), answers) == (1, [])

@@ -17,6 +17,7 @@ from orchestrator.ledger import Ledger
 from orchestrator.search import (
     FAILURE,
     JOURNAL,
+    OUTAGE,
     SAMPLERS,
     STARTUP_TRIALS,
     TASKS_LEFT,
@@ -119,6 +120,22 @@ def test_the_journal_shows_every_trial_that_ended_once(tmp_path: Path) -> None:
 def journal(folder: Path) -> list[optuna.trial.FrozenTrial]:
     storage = JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
     return optuna.load_study(study_name=folder.name, storage=storage).trials
+
+
+def test_a_trial_that_met_an_outage_is_told_nothing_and_goes_on_later(tmp_path: Path) -> None:
+    """It ended every such trial as failed for good, so that a full disk left nothing of a sweep to go on with."""
+    ledger = Ledger(tmp_path, {})
+    search = searcher(ledger, 5)
+    first, second = search.suggest("a"), search.suggest("b")
+    search.on_trial_complete("a", {OUTAGE: "no space left", METRIC: math.nan, TASKS_LEFT: 0})
+    assert search.spent() == "no space left"
+    assert search.suggest("c") == "FINISHED"
+    assert [trial.state.name for trial in search._study.trials] == ["RUNNING", "RUNNING"]
+    search.on_trial_complete("b", {METRIC: 1.0, TASKS_LEFT: 1})  # stopped between its tasks
+    assert [trial.state for trial in ledger.trials.values()] == ["RUNNING", "RUNNING"]
+    again = searcher(Ledger.open(tmp_path, {}), 5)
+    assert not again.spent()
+    assert [again.suggest(name) for name in "ab"] == [first, second]
 
 
 @pytest.mark.parametrize(

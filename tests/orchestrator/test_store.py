@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pathlib
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ import torch
 from cavs_model import checkpoint
 from cavs_model.checkpoint import About
 from cavs_model.datasets.tones import Tones
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from cavs_model.evaluate import ConsolidateJob, Data, EvaluateJob, ScoreJob
 from cavs_model.methods.cmr import CMR
 from cavs_model.methods.ewc import EWC
@@ -101,14 +102,13 @@ def test_networks_are_trained_once(tmp_path):
     [first] = stored.train([JOB])
     assert stored.train([dataclasses.replace(JOB, label="trial 2", output="")]) == [first]
     assert backend.asked == [("train", (AUDIO_VISUAL,))]
-    assert dataclasses.asdict(stored.reuse) == {
-        "computed": 1, "reused": 1, "computed_seconds": 4.0, "reused_seconds": 4.0,
-    }  # fmt: skip
+    assert stored.reuse == store.Reuse(1, 0, 4.0, 0.0)  # an outcome counts when it is asked for first
     assert pathlib.Path(first) == tmp_path / "networks" / train_key(JOB)
     assert stored.about(first).network == AUDIO_VISUAL
     other = StoredBackend(FakeBackend(), tmp_path)
-    assert other.train([JOB]) == [first]
+    assert other.train([JOB]) == other.train([JOB]) == [first]
     assert other.backend.asked == []
+    assert other.reuse == store.Reuse(0, 1, 0.0, 4.0)
 
 
 def test_of_two_networks_only_the_missing_one_is_trained_and_their_order_stays(tmp_path):
@@ -121,7 +121,7 @@ def test_of_two_networks_only_the_missing_one_is_trained_and_their_order_stays(t
         assert [stored.about(path).network for path in paths] == [job.network for job in jobs]
         assert paths[jobs.index(seen)] == known
     assert backend.asked == [("train", (VISUAL_ONLY,)), ("train", (AUDIO_VISUAL,))]
-    assert (stored.reuse.computed, stored.reuse.reused) == (2, 3)
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 0)
 
 
 def test_scores_and_counts_are_computed_once_and_come_back_as_they_were(tmp_path):
@@ -136,7 +136,8 @@ def test_scores_and_counts_are_computed_once_and_come_back_as_they_were(tmp_path
         assert counts.dtype == np.int64
         assert counts.tolist() == [[1, 2], [3, 2**40]]
     assert backend.asked == [("score", "after"), ("evaluate", "val")]
-    assert (stored.reuse.computed, stored.reuse.reused) == (2, 2)
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 0)
+    assert (again.reuse.computed, again.reuse.reused) == (0, 2)
     assert names(tmp_path) == sorted(
         [f"scores/{score_key(SCORE, CHECKPOINTS)}.json", f"counts/{evaluate_key(EVALUATE, 'networks/abc')}.json"]
     )
@@ -149,7 +150,7 @@ def test_what_a_method_keeps_of_a_network_is_computed_once(tmp_path):
     assert stored.consolidate(dataclasses.replace(CONSOLIDATE, label="trial 2"), "elsewhere/abc", None) == first
     second = stored.consolidate(CONSOLIDATE, "networks/abc", first)
     assert backend.asked == [("consolidate", None), ("consolidate", first)]
-    assert (stored.reuse.computed, stored.reuse.reused) == (2, 1)
+    assert (stored.reuse.computed, stored.reuse.reused) == (2, 0)
     for path, previous in ((first, None), (second, first)):
         assert pathlib.Path(path) == tmp_path / "states" / consolidate_key(CONSOLIDATE, "networks/abc", previous)
         assert checkpoint.read_method_state(pathlib.Path(path))["weight"].tolist() == [1, 1]
@@ -228,7 +229,7 @@ def test_a_damaged_network_is_set_aside_told_of_and_trained_again(tmp_path, file
     assert stored.train([JOB]) == stored.train([JOB]) == [path]
     assert len(backend.asked) == 2
     assert len(told) == len(list((tmp_path / "damaged").iterdir())) == 1
-    assert (stored.reuse.computed, stored.reuse.reused) == (2, 1)
+    assert (stored.reuse.computed, stored.reuse.reused) == (1, 0)
 
 
 def test_a_damaged_state_of_a_method_is_set_aside_told_of_and_computed_again(tmp_path):
@@ -246,7 +247,7 @@ def test_a_damaged_state_of_a_method_is_set_aside_told_of_and_computed_again(tmp
 def test_a_full_disk_is_named_and_nothing_half_written_is_left(tmp_path, error):
     stored = StoredBackend(FakeBackend(fail=error), tmp_path)
     for verb in (lambda: stored.train([JOB]), lambda: stored.consolidate(CONSOLIDATE, "networks/abc", None)):
-        with pytest.raises(InputError, match=f"no space left while writing to {tmp_path}"):
+        with pytest.raises(OutageError, match=f"no space left while writing to {tmp_path}"):
             verb()
     assert names(tmp_path) == []
 
@@ -256,7 +257,7 @@ def test_a_file_too_large_for_the_disk_is_named_and_leaves_nothing(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
     try:
-        with pytest.raises(InputError, match=f"no space left while writing to {tmp_path}"):
+        with pytest.raises(OutageError, match=f"no space left while writing to {tmp_path}"):
             stored.evaluate(EVALUATE, "x/abc")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -286,6 +287,48 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=f"cannot write the store {tmp_path / 'file' / 'store'}"):
         StoredBackend(FakeBackend(), tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize(
+    ("number", "passes"), [(errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False), (errno.EROFS, False)]
+)
+def test_of_what_the_system_refuses_only_the_lack_of_room_may_pass(tmp_path, monkeypatch, number, passes):
+    found = entries.Entries(tmp_path)
+    found.make()
+    write_atomically(found.path("counts", "k"), b"{")
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(entries.os, "replace", refuse)
+    with pytest.raises(InputError, match=f"cannot move the damaged store entry .*: {os.strerror(number)}") as moved:
+        found.set_aside("counts", "k")
+    monkeypatch.setattr(pathlib.Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=f"cannot write the store {tmp_path}: {os.strerror(number)}") as made:
+        found.make()
+    assert [isinstance(caught.value, OutageError) for caught in (moved, made)] == [passes, passes]
+
+
+def test_an_entry_that_is_deleted_under_its_reader_is_asked_for_again(tmp_path, monkeypatch):
+    stored = StoredBackend(FakeBackend(), tmp_path)
+    [path] = stored.train([JOB])
+    read = entries.Entries.read
+
+    def pruned(self, kind, key):
+        body = read(self, kind, key)
+        if body is not None:
+            shutil.rmtree(path) if kind == "networks" else self.path(kind, key).unlink()
+        return body
+
+    with monkeypatch.context() as patch:
+        patch.setattr(entries.Entries, "read", pruned)
+        with pytest.raises(OutageError, match=f"the store entry {path} was deleted as soon as it was found"):
+            stored.train([JOB])
+        patch.setattr(entries.Entries, "read", lambda *_: None)
+        with pytest.raises(OutageError, match=r"the store entry .* was deleted as soon as it was written"):
+            stored.evaluate(EVALUATE, path)
+    assert stored.train([JOB]) == [path]
+    assert stored.evaluate(EVALUATE, path).shape == (2, 2)
 
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -320,7 +363,7 @@ def test_threads_that_want_the_same_compute_it_once(tmp_path, monkeypatch):
         thread.join()
     assert len(results) == 3
     assert backend.asked == [("evaluate", "val")]
-    assert (stored.reuse.computed, stored.reuse.reused) == (1, 2)
+    assert (stored.reuse.computed, stored.reuse.reused) == (1, 0)
 
 
 def test_two_that_want_the_same_two_networks_in_opposite_orders_do_not_block_each_other(tmp_path, monkeypatch):
@@ -538,7 +581,7 @@ TASK_CHANGES = [(f"task.{name}", value, True) for name, value in OTHER_TASKS.ite
         ("method.resampling_ratio", 0.9, False),
         ("method.delta", "sum_released", False),
         ("config.visual_encoder", "tiny", True),
-        ("config.visual_weights", "imagenet", True),
+        ("config.visual_weights", "imagenet", False),  # it starts from a checkpoint
         ("config.audio_encoder", "tiny", True),
         ("config.audio_dim", 32, True),
         ("config.width", 32, True),
@@ -590,6 +633,7 @@ def test_every_field_of_a_job_was_considered():
         ("schedule.base_epochs", 31, True),
         ("schedule.batch_size", 8, True),
         ("schedule.selection_from", 0.25, False),
+        ("config.visual_weights", "imagenet", True),
         ("config.width", 32, True),
         ("seeds.init", 1, True),
     ],
@@ -745,6 +789,10 @@ def test_pruning_by_age_shows_first_and_never_deletes_what_is_locked(tmp_path, m
     assert keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4d") == 0
     assert "2 entries" in capsys.readouterr().out
     assert names(root) == before
+    monkeypatch.setattr(entries.Entries, "make", pytest.fail)  # not even a folder
+    keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4d")
+    monkeypatch.undo()
+    capsys.readouterr()
     with entries.Entries(root).locked(pathlib.Path(held).name, lambda: None):
         keep_house(monkeypatch, tmp_path, "prune", "--older-than", "4d", "--yes")
     assert f"kept, in use: networks {pathlib.Path(held).name}" in capsys.readouterr().out

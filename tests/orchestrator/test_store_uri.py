@@ -1,13 +1,17 @@
 """A store behind a URI: shared by working copies, kept by leases, whole or not there, and never at the price of a run."""
 
+import errno
 import multiprocessing
 import os
 import pathlib
 import pickle
+import resource
 import signal
 import threading
 import time
+import types
 import uuid
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow.fs
@@ -26,7 +30,7 @@ from test_store import (
 )
 
 from cavs_model import checkpoint
-from cavs_model.errors import InputError
+from cavs_model.errors import InputError, OutageError
 from cavs_model.types import AUDIO_VISUAL
 from orchestrator import cli, entries, housekeeping, lease, remote
 from orchestrator.entries import Entries
@@ -113,7 +117,7 @@ def test_what_one_working_copy_made_another_fetches(uri, tmp_path):
         assert repr(again) == repr(table)  # nan among them
         assert np.array_equal(two.evaluate(EVALUATE, network), counts)
     assert two.backend.asked == []
-    assert (two.reuse.computed, two.reuse.reused) == (0, 8)
+    assert (two.reuse.computed, two.reuse.reused) == (0, 4)
     far = Remote(uri)
     assert far.files("locks") == {}
     assert len(far.files("uses/sweep/cmr")) == len(far.files("uses/sweep/two")) == 4
@@ -172,11 +176,28 @@ def test_a_manifest_cannot_lead_out_of_the_working_copy(tmp_path):
 # Trouble on the way.
 
 
+@contextmanager
+def out_of_reach(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_file_system", lambda uri: (_ for _ in ()).throw(UnreachableError("no route")))
+        yield
+
+
+@contextmanager
+def no_room(limit_bytes):
+    """No file of this process, here or on the other side, can grow beyond this."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_without_the_other_side_work_goes_on_and_is_uploaded_later(tmp_path, monkeypatch):
     uri, told = f"file://{tmp_path}/far", []
     one = stored(uri, tmp_path, "one", on_damage=told.append, user="run/one")
-    with monkeypatch.context() as patch:
-        patch.setattr(remote, "_file_system", lambda uri: (_ for _ in ()).throw(UnreachableError("no route")))
+    with out_of_reach(monkeypatch):
         [path] = one.train([JOB])
         assert one.evaluate(EVALUATE, path).tolist() == COUNTS
     assert all(f"no route; going on without, in {tmp_path / 'one'}" in line for line in told)
@@ -191,6 +212,73 @@ def test_without_the_other_side_work_goes_on_and_is_uploaded_later(tmp_path, mon
     one.evaluate(EVALUATE, path)
     assert two.evaluate(EVALUATE, path).tolist() == COUNTS
     assert len(two.backend.asked) == 1
+
+
+def test_a_trial_that_begins_while_the_other_side_is_away_goes_on_and_a_sweep_does_not_begin(tmp_path, monkeypatch):
+    uri, told = f"file://{tmp_path}/far", []
+    made = SharedEntries(tmp_path / "one", uri)
+    made.make()
+    handed_on = pickle.loads(pickle.dumps(made))
+    with out_of_reach(monkeypatch):
+        [path] = StoredBackend(FakeBackend(), handed_on, on_damage=told.append).train([JOB])
+        for fresh in (SharedEntries(tmp_path / "one", uri), SharedEntries(tmp_path / "one", f"{uri}/other")):
+            with pytest.raises(OutageError, match="no route; check --store"):
+                StoredBackend(FakeBackend(), fresh)
+    assert path == str(tmp_path / "one" / "networks" / train_key(JOB))
+    assert told
+    assert Remote(uri).files("") == {}
+
+
+def test_a_damaged_entry_that_cannot_be_moved_is_passed_over_and_replaced(tmp_path, monkeypatch):
+    uri, told = f"file://{tmp_path}/far", []
+    stored(uri, tmp_path, "one").train([JOB])
+    [weights] = (tmp_path / "far" / "networks").rglob(checkpoint.WEIGHTS)
+    flip_a_bit(weights)
+    two = stored(uri, tmp_path, "two", on_damage=told.append)
+    with monkeypatch.context() as patch:  # it may be read alone, or it went away just then
+        patch.setattr(Remote, "move", lambda *_: (_ for _ in ()).throw(UnreachableError("may only be read")))
+        patch.setattr(Remote, "upload", lambda *_: (_ for _ in ()).throw(UnreachableError("may only be read")))
+        two.train([JOB])
+    assert len(two.backend.asked) == 1
+    assert told[0] == f"may only be read; going on without, in {tmp_path / 'two'}"
+    assert f"in {uri}/networks/{train_key(JOB)}: the checksum of {checkpoint.WEIGHTS} differs" in told[1]
+    two.train([JOB])  # used again
+    three = stored(uri, tmp_path, "three")
+    three.train([JOB])
+    assert three.backend.asked == []
+
+
+def test_a_full_disk_on_the_other_side_is_an_outage_and_here_the_disks_own_error(tmp_path, monkeypatch):
+    far = Remote(f"file://{tmp_path}/far")
+    far.write("a", b"x" * 100)
+    with no_room(10):
+        with pytest.raises(UnreachableError, match=r"cannot write file://.*far/b: .*File too large"):
+            far.write("b", b"x" * 100)
+        with pytest.raises(OSError, match="File too large") as caught:
+            far.download("a", tmp_path / "a")
+    assert caught.value.errno == errno.EFBIG
+    assert list(far.files("")) == ["a"]  # nothing half written
+
+
+def test_a_store_without_room_on_the_other_side_does_not_end_a_run(tmp_path, monkeypatch):
+    uri, told = f"file://{tmp_path}/far", []
+    one = stored(uri, tmp_path, "one", on_damage=told.append)
+    reached = Remote._reached
+
+    @contextmanager
+    def full(self, doing, name, but=()):
+        with reached(self, doing, name, but):
+            if doing == "write":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "_reached", full)
+        one.train([JOB])
+    assert all(f"No space left on device; going on without, in {tmp_path / 'one'}" in line for line in told)
+    assert told
+    one.train([JOB])
+    assert stored(uri, tmp_path, "two").train([JOB])
 
 
 @pytest.mark.parametrize(
@@ -209,6 +297,20 @@ def test_what_cannot_be_a_store_is_told_at_once_without_credentials(tmp_path, ur
         stored(uri, tmp_path, "one")
     assert "hush" not in str(caught.value)
     assert KEY not in str(caught.value)
+    assert isinstance(caught.value, OutageError) == uri.startswith("file:///proc")  # waiting mends no name
+
+
+def test_a_name_that_must_be_asked_for_on_the_network_may_pass(tmp_path, monkeypatch):
+    """Of a bucket without a region pyarrow asks AWS for it."""
+
+    class Offline:
+        @staticmethod
+        def from_uri(uri):
+            raise OSError("Could not resolve host")
+
+    monkeypatch.setattr(remote, "fs", types.SimpleNamespace(FileSystem=Offline))
+    with pytest.raises(UnreachableError, match=r"cannot open the store s3://nobodys/x: Could not resolve host.*; check"):
+        stored("s3://nobodys/x", tmp_path, "one")
 
 
 def test_a_bucket_that_is_not_there_is_told_and_credentials_are_never_shown(s3, tmp_path):
@@ -287,6 +389,19 @@ def test_what_a_killed_process_of_the_same_working_copy_held_is_free_at_once(tmp
         assert not held
     with one.locked("k", pytest.fail):
         assert far.read("locks/k.lease") != left
+    assert far.files("locks") == {}
+
+
+def test_a_lease_lives_on_where_the_other_sides_disk_is_full_for_a_while(far):
+    mine = Lease(far, "k")
+    mine.acquire(pytest.fail)
+    with no_room(10):
+        time.sleep(4 * lease.BEAT_SECONDS)
+        full = far.read("locks/k.lease")
+        time.sleep(4 * lease.BEAT_SECONDS)
+        assert far.read("locks/k.lease") == full
+    _until(lambda: far.read("locks/k.lease") != full)
+    mine.release()
     assert far.files("locks") == {}
 
 
@@ -428,6 +543,67 @@ def test_house_is_kept_behind_a_uri(uri, tmp_path, monkeypatch, capsys):
     keep_house(monkeypatch, tmp_path, uri, "prune", "--older-than", "0m", "--yes")
     left = {name for kind in (*entries.KINDS, "locks", "uses") for name in far.files(kind)}
     assert left == set()
+
+
+def test_pruning_without_yes_changes_nothing(tmp_path, monkeypatch, capsys):
+    uri = f"file://{tmp_path}/far"
+    stored(uri, tmp_path, "one", user="sweep/one").train([JOB])
+    far = Remote(uri)
+    far.write("locks/dead.lease", b"somebody 3 elsewhere 1")
+    before = far.files("")
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 3600.0)
+    for chosen in (["--older-than", "0m"], ["--sweep", "one"]):
+        keep_house(monkeypatch, tmp_path, uri, "prune", *chosen)
+        assert "1 entries" in capsys.readouterr().out
+    assert far.files("") == before
+    assert not (tmp_path / "house" / "store").exists()
+
+
+def test_repairing_moves_the_other_sides_entry_and_leaves_the_working_copys_alone(tmp_path, monkeypatch, capsys):
+    uri = f"file://{tmp_path}/far"
+    one = stored(uri, tmp_path, "house/store")
+    [network] = one.train([JOB])
+    [weights] = (tmp_path / "far" / "networks").rglob(checkpoint.WEIGHTS)
+    flip_a_bit(weights)
+    assert keep_house(monkeypatch, tmp_path, uri, "verify", "--repair") == 1
+    assert f"set aside as {uri}/damaged/" in capsys.readouterr().out
+    assert one.train([JOB]) == [network]  # uploads it again
+    assert len(one.backend.asked) == 1
+    assert keep_house(monkeypatch, tmp_path, uri, "verify") == 0
+    assert "1 entries" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "move", lambda *_: (_ for _ in ()).throw(UnreachableError("may only be read")))
+        [weights] = (tmp_path / "far" / "networks").rglob(checkpoint.WEIGHTS)
+        flip_a_bit(weights)
+        with pytest.raises(UnreachableError, match="may only be read"):
+            keep_house(monkeypatch, tmp_path, uri, "verify", "--repair")
+
+
+# What other machines find.
+
+
+@pytest.mark.parametrize("uri", ["memory", "s3"], indirect=True)
+def test_who_reaches_the_same_store_finds_what_was_left_there(uri, tmp_path):
+    one, two = copy_of(uri, tmp_path, "one"), copy_of(uri, tmp_path, "two")
+    with one.announced("word"):
+        two.find("word")
+        with pytest.raises(InputError, match="the same URI must lead every node to the same store"):
+            two.find("another")
+    with pytest.raises(InputError, match="the same URI must lead every node to the same store"):
+        two.find("word")
+    assert Remote(uri).files("") == {}
+
+
+def test_a_store_that_cannot_be_written_or_shows_no_writes_is_told(tmp_path, far, monkeypatch):
+    one = copy_of(far.uri, tmp_path, "one")
+    with one.announced("word"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Remote, "write", lambda *_: (_ for _ in ()).throw(UnreachableError("denied")))
+            with pytest.raises(OutageError, match="denied; check --store, the network, and the credentials"):
+                one.find("word")
+        monkeypatch.setattr(Lease, "_is_mine", lambda self: False)
+        with pytest.raises(InputError, match="does not hold a lease"):
+            one.find("word")
 
 
 def test_verifying_behind_a_uri_names_what_is_damaged_and_sets_it_aside(tmp_path, monkeypatch, capsys):
