@@ -43,6 +43,10 @@ class OnGpu:
         self.losses: list[float] = []
 
     def step(self) -> None:
+        with self.numbers.exact():
+            self._step()
+
+    def _step(self) -> None:
         with self.numbers.autocast():
             prediction = self.model(self.batch)
         step = Step(self.batch, prediction, self.teacher(self.batch), self.task, self.thresholds)

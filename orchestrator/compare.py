@@ -284,11 +284,7 @@ def _begin(asked: _Asked, streams: Sequence[Stream], job: _Job) -> None:
         ledger.parent = tracker.start(ledger.folder.name, "comparison", params, tags=shared)
         ledger.save()
     if not tracker.noted(ledger.parent):
-        called = {"command": [redacted(each) for each in sys.argv], **ledger.plan}
-        tracker.artifact(ledger.parent, "config.json", called)
-        tracker.origin(ledger.parent)
-        tracker.dataset(ledger.parent, experiment.benchmark)
-        tracker.data_picture(ledger.parent, experiment.benchmark)
+        tracker.describe(ledger.parent, ledger.plan, experiment.benchmark)
         _note(asked, streams, job, "It has not ended yet.", {"the data": DATA_PICTURE})
 
 

@@ -346,11 +346,7 @@ class _Sweep:
             parent = tracker.start(ledger.folder.name, "sweep", flatten(experiment), tags=tags)
             ledger.update(parent=parent)
         if not tracker.noted(ledger.parent):
-            called = {"command": [redacted(each) for each in sys.argv], **ledger.plan}
-            tracker.artifact(ledger.parent, "config.json", called)
-            tracker.origin(ledger.parent)
-            tracker.dataset(ledger.parent, experiment.benchmark)
-            tracker.data_picture(ledger.parent, experiment.benchmark)
+            tracker.describe(ledger.parent, ledger.plan, experiment.benchmark)
             tracker.note(ledger.parent, note_of(self.space, ledger, tracker, reports=False))
 
     def _cut_off(self) -> None:

@@ -311,6 +311,13 @@ class Tracker:
             text = text[:TAG_CHARACTERS].rpartition("\n")[0] + "\n..."
         self.tag(run_id, {"mlflow.note.content": text})
 
+    def describe(self, run_id: str, plan: Mapping[str, Any], benchmark: Benchmark) -> None:
+        """Logs what is known of a sweep or comparison before it is done: command and plan, where it comes from, its data."""
+        self.artifact(run_id, "config.json", {"command": [redacted(each) for each in sys.argv], **plan})
+        self.origin(run_id)
+        self.dataset(run_id, benchmark)
+        self.data_picture(run_id, benchmark)
+
     def noted(self, run_id: str) -> bool:
         """Whether the run has a description. InputError where there is no such run."""
         return "mlflow.note.content" in self.tags(run_id)

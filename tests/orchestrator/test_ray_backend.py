@@ -18,6 +18,8 @@ import psutil
 import pytest
 import ray
 import torch
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.callbacks.preemption_callback import PreemptionCallback
 from ray.util import placement_group_table
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.state import list_actors
@@ -34,7 +36,17 @@ from orchestrator.experiment import Experiment, Resources, override
 from orchestrator.local_backend import LocalBackend
 from orchestrator.orphans import remove_orphans
 from orchestrator.progress import Event
-from orchestrator.ray_backend import Cluster, Node, RayBackend, connected, drain, how_many_fit, in_an_actor, new_mailbox
+from orchestrator.ray_backend import (
+    Cluster,
+    Node,
+    RayBackend,
+    _Trainer,
+    connected,
+    drain,
+    how_many_fit,
+    in_an_actor,
+    new_mailbox,
+)
 from orchestrator.store import StoredBackend
 from orchestrator.stream import TaskOutcome, run_stream
 from search_spaces.tones import BASE
@@ -436,6 +448,33 @@ def test_a_fit_starts_no_process_that_nobody_asks(on_ray: tuple[list[TaskOutcome
     started = {each.class_name for each in list_actors(cluster.address, limit=10_000)}
     assert {"RayTrainWorker", "SynchronizationActor"} <= started
     assert not {name for name in started if "Controller" in name or "Cleaner" in name or "Dataset" in name or "Watcher" in name}
+
+
+@pytest.mark.parametrize(("count", "watched"), [(1, False), (2, True)])
+def test_nodes_are_watched_for_their_end_where_there_are_several(
+    count: int, watched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That a preempted node is no failure of the fit follows from this watcher alone."""
+    made = []
+
+    class Controller:
+        def __init__(self, callbacks: list[object]) -> None:
+            self._worker_group_callbacks_to_propagate = [*callbacks, PreemptionCallback()]
+            made.append(self)
+
+        async def run(self) -> None: ...
+
+        def get_result(self) -> None: ...
+
+    monkeypatch.setattr("orchestrator.ray_backend.TrainController", Controller)
+    there = [Node(str(number), "host", 1, 0) for number in range(count)]
+    monkeypatch.setattr("orchestrator.ray_backend.nodes", lambda: there)
+    trainer = object.__new__(_Trainer)
+    kept = object()
+    trainer._initialize_and_run_controller(callbacks=[PlacementGroupCleanerCallback(), kept])
+    told = made[0]._worker_group_callbacks_to_propagate
+    assert told[0] is kept
+    assert [type(each) for each in told[1:]] == [PreemptionCallback] * watched
 
 
 @ray.remote(num_cpus=0)
