@@ -3,14 +3,17 @@
 The loops are what a plain reading does: for each clip, frame and class a mask of the truth and one of the prediction. Both
 read the same predictions; the networks' own time is left out of that comparison, as it is the same in both. Then the whole
 pass: both networks on the same batch of one pass over the data against one pass a network. `--workers` adds Ray: the same
-scores by one worker and by two, which needs a machine with nothing else to do.
+scores by one worker and by two, and by one process and two that share nothing, for what the cores themselves can do. It needs a
+machine with nothing else to do.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks._measure import Report, alternate, arguments
+from cavs_model import checkpoint
 from cavs_model.datasets import cache
 from cavs_model.datasets.collage import Collage
-from cavs_model.evaluate import Data, ScoreJob, frozen, passes
+from cavs_model.evaluate import Data, ScoreJob, frozen, passes, score_samples
 from cavs_model.methods.cmr import CMR
 from cavs_model.metrics import confusion
 from cavs_model.networks.av_segmenter import AVSegmenter, NetworkConfig
@@ -200,7 +204,6 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
     """The scores of the same clips by Ray tasks on one core and on two."""
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    from cavs_model import checkpoint
     from orchestrator.experiment import Resources
     from orchestrator.ray_backend import RayBackend, connected
 
@@ -235,6 +238,27 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
     report.say(f"By Ray tasks on 2 cores, {clips} clips, two networks, the row of one with a core taken away:")
     report.say()
     report.table(["", *times.columns("one worker")[::2]], [(name, *times.row(name, "one worker")[::2]) for name in times.wall])
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+
+        def among(count: int) -> None:
+            parts = [job.sample_ids[place::count] for place in range(count)]
+            list(pool.map(scored, [job] * count, [paths] * count, parts))
+
+        bare = {"one process": lambda: among(1), "two processes": lambda: among(2)}
+        times = alternate(bare, options.rounds, options.pause)  # type: ignore[attr-defined]
+    report.raw["processes"] = times.raw()
+    report.say("The same by processes without Ray that share nothing, which is what two of these cores can do:")
+    report.say()
+    report.table(
+        ["", *times.columns("one process")[::2]], [(name, *times.row(name, "one process")[::2]) for name in times.wall]
+    )
+
+
+def scored(job: ScoreJob, paths: Mapping[str, str], sample_ids: Sequence[str]) -> None:
+    """Scores samples on one thread; what a process of the pool is given."""
+    torch.set_num_threads(1)
+    models = {name: checkpoint.read(Path(path)) for name, path in paths.items()}
+    score_samples(job, models, sample_ids, torch.device("cpu"))
 
 
 def main() -> None:
