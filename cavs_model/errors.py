@@ -1,6 +1,9 @@
 """The one exception for what a user can mend: it names the thing that is wrong and the valid choices."""
 
+import errno
 from collections.abc import Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk without room; EFBIG: a process's own limit on file sizes
 
 
 class InputError(Exception):

@@ -41,7 +41,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
-from cavs_model.errors import InputError, OutageError
+from cavs_model.errors import FULL, InputError, OutageError
 from cavs_model.untrusted import FaultError, shown, typed
 
 FOLDER_KINDS = ("networks", "states")
@@ -50,7 +50,6 @@ KINDS = (*FOLDER_KINDS, *FILE_KINDS)
 MANIFEST = "entry.json"
 LOCK_POLL_SECONDS = 0.2
 KILLED_SECONDS = 2.0  # for which processes that were told to die may still hold their locks; `ray job stop` gives 3 in all
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a process's own limit on file sizes
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 _UNFINISHED = re.compile(r"\..+\.[0-9a-f]{8}")  # of write_atomically

@@ -22,8 +22,7 @@ import fsspec
 import pyarrow
 from pyarrow import fs
 
-from cavs_model.errors import InputError, OutageError
-from orchestrator.entries import FULL
+from cavs_model.errors import FULL, InputError, OutageError
 from orchestrator.redaction import redacted
 
 OBJECT_STORES = ("s3", "gcs", "abfs")  # by pyarrow's type names

@@ -12,7 +12,6 @@ the same kind, whose names begin with `vggish.feature_name`, so that every weigh
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import io
@@ -31,7 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from cavs_model.datasets.base import Benchmark, Clips
 from cavs_model.datasets.log_mel import NUM_BINS, NUM_FRAMES
-from cavs_model.errors import InputError, OutageError, unknown
+from cavs_model.errors import FULL, InputError, OutageError, unknown
 from cavs_model.networks.vggish import AUDIO_DIM, feature_name, load_vggish
 from cavs_model.types import BACKGROUND, IGNORE, Batch
 
@@ -43,7 +42,6 @@ MapBlocks = Callable[[Callable[[Job], None], Sequence[Job]], Iterable[None]]
 
 _DIGEST_BYTES = 32
 _PART = ".part"
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # EFBIG: a process's own limit on file sizes
 _log = logging.getLogger(__name__)
 # Blocks that this process found whole: path, size, time of the last change and place on the disk, of which a copy has another.
 _whole: set[tuple[str, int, int, int]] = set()
@@ -358,7 +356,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
             os.chmod(temporary, 0o644)  # mkstemp's 0600 would lock out other users of a shared cache
             os.replace(temporary, path)  # while it is locked
     except OSError as error:
-        kind = OutageError if error.errno in _FULL else InputError
+        kind = OutageError if error.errno in FULL else InputError
         raise kind(f"cannot write the cache folder {path.parent}: {error.strerror or error}") from error
     finally:
         if temporary is not None:
