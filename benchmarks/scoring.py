@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -44,6 +45,7 @@ from cavs_model.types import (
 from cavs_model.worker import arithmetic
 
 METHOD = CMR()
+WAIT_SECONDS = 0.02
 
 
 def looped_mss(models: Mapping[str, Network], batch: Batch, task: Task) -> dict[str, list[float]]:
@@ -202,7 +204,7 @@ def one_pass(report: Report, options: object, root: str, clips: int) -> None:
 
 def workers(report: Report, options: object, root: str, clips: int) -> None:
     """The scores of the same clips by Ray tasks on one core and on two."""
-    from ray.util.placement_group import placement_group, remove_placement_group
+    import ray
 
     from orchestrator.experiment import Resources
     from orchestrator.ray_backend import RayBackend, connected
@@ -226,12 +228,16 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
             backend.score(job, paths)
 
         def on_one() -> None:
-            group = placement_group([{"CPU": 1}])  # holds one of two cores, so that chunks go to the other one after another
-            group.wait(60)
+            # The other one waits, in a process that stays: taken away from Ray, it would cost the next round a new process.
+            busy, done = Path(root) / "busy", Path(root) / "done"
+            reference = ray.remote(num_cpus=1)(hold).remote(busy, done)
+            while not busy.exists():
+                time.sleep(WAIT_SECONDS)
             try:
                 score()
             finally:
-                remove_placement_group(group)
+                done.touch()
+                ray.get(reference)
 
         times = alternate({"one worker": on_one, "two workers": score}, options.rounds, options.pause)  # type: ignore[attr-defined]
     report.raw["workers"] = times.raw()
@@ -252,6 +258,15 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
     report.table(
         ["", *times.columns("one process")[::2]], [(name, *times.row(name, "one process")[::2]) for name in times.wall]
     )
+
+
+def hold(busy: Path, done: Path) -> None:
+    """Does nothing between two files, the first its own; leaves neither."""
+    busy.touch()
+    while not done.exists():
+        time.sleep(WAIT_SECONDS)
+    busy.unlink()
+    done.unlink()
 
 
 def scored(job: ScoreJob, paths: Mapping[str, str], sample_ids: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -475,8 +476,9 @@ class RayBackend:
         label: str,
     ) -> list[Any]:
         """Runs a function on chunks of whole batches; results in order. Weights and job lie in the object store once."""
-        size = self._chunk_clips([model.about for model in models.values()], len(sample_ids), batch_size)
-        chunks = [tuple(sample_ids[start : start + size]) for start in range(0, len(sample_ids), size)]
+        batches = [sample_ids[start : start + batch_size] for start in range(0, len(sample_ids), batch_size)]
+        count = self._chunk_count([model.about for model in models.values()], len(sample_ids))
+        chunks = [tuple(each for batch in part for each in batch) for part in evenly(batches, count)]
         # After an error the other chunks run to their end: cancelling one whose reply is under way aborts the driver.
         return [_get(reference) for reference in self._submit(function, job, chunks, models, label)]
 
@@ -498,20 +500,26 @@ class RayBackend:
         """How many chunks the cluster's GPUs take at once; 0 where there is no GPU to a worker."""
         return max(1, how_many_fit(resources().get("GPU", 0.0), self._gpus_per_chunk)) if self._gpus_per_chunk else 0
 
-    def _chunk_clips(self, abouts: Sequence[About], clips: int, batch_size: int) -> int:
-        """Clips of one chunk: whole batches; as many chunks as GPUs take at once, whose processes end with them, or two for
-        every core, but never less than a second of work.
+    def _chunk_count(self, abouts: Sequence[About], clips: int) -> int:
+        """How many chunks: as many as GPUs take at once, whose processes end with them, or two for every core, else one for each,
+        so that none has more to do than another; and no chunk with less than a second of work.
         """
-        per_clip = sum(about.seconds * about.world_size / max(about.clips, 1) for about in abouts) / SCORING_SPEEDUP
-        count = (self._gpu_slots() if abouts else 0) or 2 * max(1, int(resources().get("CPU", 1)))
-        wanted = max(clips / count, CHUNK_SECONDS / per_clip if per_clip else 0)
-        return max(1, math.ceil(wanted / batch_size)) * batch_size
+        seconds = clips * sum(about.seconds * about.world_size / max(about.clips, 1) for about in abouts) / SCORING_SPEEDUP
+        most = int(seconds / CHUNK_SECONDS) if seconds else clips
+        cores = max(1, int(resources().get("CPU", 1)))
+        at_once = (self._gpu_slots() if abouts else 0) or (2 * cores if most >= 2 * cores else cores)
+        return max(1, min(at_once, most))
 
     def _portions(self, chunks: Sequence[Sequence[str]]) -> list[Sequence[Sequence[str]]]:
         """A method's chunks in order, in as many portions as GPUs take at once; without GPUs each by itself."""
-        slots = self._gpu_slots()
-        size = max(1, math.ceil(len(chunks) / slots)) if slots else 1
-        return [chunks[start : start + size] for start in range(0, len(chunks), size)]
+        return evenly(chunks, self._gpu_slots() or len(chunks))
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Sequence[Any]]:
+    """The items in order, in at most `count` parts, the longer ones first, whose lengths differ by one at most."""
+    count = min(count, len(items))
+    ends = [0, *accumulate((len(items) + place) // count for place in reversed(range(count)))]
+    return [items[start:end] for start, end in pairwise(ends)]
 
 
 class _Trainer(ray.train.torch.TorchTrainer):

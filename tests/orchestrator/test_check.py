@@ -394,8 +394,9 @@ def test_the_plan_counts_what_the_store_has(outputs: Path) -> None:
     assert searched.clip_passes == base + 2 * 5 * later
     changed = override(both, {"method.samples_per_class": 1, "method.resampling_ratio": 1.0})
     assert [len(found) for found in in_store(changed, Entries(outputs / "store"), pytest.fail)] == [2, 0]
-    file = next(path for path in (outputs / "store" / "networks").glob("*/*.safetensors"))
-    assert 1 <= file.stat().st_size / searched.network_bytes < 1.2
+    sizes = [path.stat().st_size for path in (outputs / "store" / "networks").glob("*/*.safetensors")]
+    assert len(sizes) == 3  # the visual-only network is the smallest; room is asked for the largest
+    assert 1 <= max(sizes) / searched.network_bytes < 1.2
 
 
 def test_an_outcome_that_another_process_computes_is_not_waited_for(outputs: Path, tmp_path: Path) -> None:

@@ -37,12 +37,14 @@ from orchestrator.local_backend import LocalBackend
 from orchestrator.orphans import remove_orphans
 from orchestrator.progress import Event
 from orchestrator.ray_backend import (
+    SCORING_SPEEDUP,
     Cluster,
     Node,
     RayBackend,
     _Trainer,
     connected,
     drain,
+    evenly,
     how_many_fit,
     in_an_actor,
     new_mailbox,
@@ -133,7 +135,7 @@ def test_any_chunk_size_gives_the_same_scores_counts_and_memory(
     """Chunks of a single batch, where the backend by itself would take larger ones."""
     outcomes, backend = on_ray
     base = outcomes[0]
-    monkeypatch.setattr(RayBackend, "_chunk_clips", lambda self, abouts, clips, batch_size: batch_size)
+    monkeypatch.setattr(RayBackend, "_chunk_count", lambda self, abouts, clips: clips)
     calls: list[int] = []
     chunks = RayBackend._chunks
 
@@ -340,16 +342,31 @@ def test_gpus_get_about_a_chunk_each_and_cores_two(tmp_path: Path, monkeypatch: 
     abouts, chunks = [checkpoint.About("audio_visual", 5, {})], tuple((str(place),) for place in range(10))
     for gpus, places in ((1.0, 4), (0.5, 8), (2.0, 4), (0.0, 16)):
         backend = RayBackend(tmp_path, tmp_path, Resources(gpus_per_worker=gpus))
-        for clips in (1, 7, 101, 1600):
-            size = backend._chunk_clips(abouts, clips, 4)
-            assert size % 4 == 0
-            assert -(-clips // size) <= places
-            assert size <= clips / places + 4
-        assert backend._chunk_clips([], 1600, 4) == 100  # no network, no GPU
+        assert [backend._chunk_count(abouts, clips) for clips in (1, places, 1600)] == [1, places, places]
+        assert backend._chunk_count([], 1600) == 16  # no network, no GPU
         portions = backend._portions(chunks)
         assert sum(portions, ()) == chunks
         assert len(portions) <= places if gpus else [len(portion) for portion in portions] == [1] * 10
         assert backend._portions(()) == []
+
+
+@pytest.mark.parametrize(("seconds", "count"), [(0.5, 1), (1.5, 1), (3.0, 3), (5.0, 4), (7.9, 4), (8.0, 8), (100.0, 8)])
+def test_no_core_gets_a_chunk_more_than_another_and_none_is_shorter_than_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, count: int
+) -> None:
+    monkeypatch.setattr("orchestrator.ray_backend.resources", lambda: {"CPU": 4.0})
+    about = checkpoint.About("audio_visual", 5, {}, clips=100, seconds=seconds * SCORING_SPEEDUP / 2, world_size=2)
+    assert RayBackend(tmp_path, tmp_path, Resources())._chunk_count([about], 100) == count
+
+
+@pytest.mark.parametrize(("length", "count"), [(0, 4), (1, 4), (4, 4), (53, 4), (54, 4), (7, 3), (10, 1)])
+def test_parts_are_in_order_and_differ_by_one_at_most(length: int, count: int) -> None:
+    parts = evenly(range(length), count)
+    assert [each for part in parts for each in part] == list(range(length))
+    sizes = [len(part) for part in parts]
+    assert len(sizes) == min(count, length)
+    assert sizes == sorted(sizes, reverse=True)
+    assert not sizes or max(sizes) - min(sizes) <= 1 <= min(sizes)
 
 
 def test_a_process_with_a_gpu_ends_with_its_task_and_one_without_stays() -> None:
