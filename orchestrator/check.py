@@ -107,7 +107,7 @@ def _of_outputs(
         report.tell(found)
     except InputError as error:
         report.tell([problem("outputs", error)])
-    report.tell([readiness.of_mlflow(outputs)])
+    report.tell(readiness.of_mlflow(outputs, there))
     if experiment is None or report.problems & {"experiment", "outputs", "store", "data", "weights", "nodes", "resources"}:
         report.tell([Finding("plan", "none before the problems above are solved")])
         return

@@ -501,8 +501,8 @@ class RayBackend:
         return max(1, how_many_fit(resources().get("GPU", 0.0), self._gpus_per_chunk)) if self._gpus_per_chunk else 0
 
     def _chunk_count(self, abouts: Sequence[About], clips: int) -> int:
-        """How many chunks: as many as GPUs take at once, whose processes end with them, or two for every core, else one for each,
-        so that none has more to do than another; and no chunk with less than a second of work.
+        """How many chunks: as many as GPUs take at once, whose processes end with them, or else two for each core, or one, so
+        that none has more to do than another; and no chunk with less than a second of work.
         """
         seconds = clips * sum(about.seconds * about.world_size / max(about.clips, 1) for about in abouts) / SCORING_SPEEDUP
         most = int(seconds / CHUNK_SECONDS) if seconds else clips

@@ -42,7 +42,7 @@ from orchestrator.experiment import Experiment, Resources
 from orchestrator.progress import clock, planned_work
 from orchestrator.ray_backend import SCORING_SPEEDUP, Cluster, Node, in_a_worker, nodes, on_every_node
 from orchestrator.source import code_version
-from orchestrator.tracker import Tracker, tracking_uri
+from orchestrator.tracker import Tracker, database_file, tracking_uri
 
 PACKAGES = ("ray", "torch", "mlflow", "optuna")
 NODE_SECONDS = 120.0  # for a node to answer: its first process imports torch, from a network disk perhaps
@@ -223,9 +223,8 @@ def on_nodes(
         looks = {name: answer for name, answer in answers.items() if not isinstance(answer, BaseException)}
         for name, answer in answers.items():
             if isinstance(answer, BaseException):
-                reason = str(answer).strip().splitlines()[-1:] or [type(answer).__name__]
                 found.append(
-                    problem("nodes", f"{name} did not answer: {reason[0][:300]}; install this project on every node, in the "
+                    problem("nodes", f"{name} did not answer: {_last_line(answer)}; install this project on every node, in the "
                                      "same version, or submit a job with --working-dir")
                 )  # fmt: skip
         unseen = [(name, topic) for name, seen in looks.items() for topic, path in seen.wrote if not path.is_file()]
@@ -242,7 +241,7 @@ def on_nodes(
         at_work = [node.name for node in where if node.room(1, gpus)] if where else ["here"]
         found += _of_auto({name: looks[name].auto for name in at_work if name in looks})
     wrong = {each.topic for each in found}
-    everywhere = "here" if not where else "from the one node" if len(where) == 1 else f"from each of {len(where)} nodes"
+    everywhere = f"from {_each_of(len(where))}" if where else "here"
     if not wrong & {"versions", "nodes"}:
         found.insert(0, Finding("versions", ", ".join(f"{what} {value}" for what, value in mine.items())))
     if not wrong & {"outputs", "nodes"}:
@@ -257,6 +256,15 @@ def on_nodes(
         network = experiment.network
         found.append(Finding("weights", f"{network.visual_encoder} and {network.audio_encoder}, read {everywhere}"))
     return found, sum({seen.host: seen.memory_bytes for seen in looks.values()}.values())
+
+
+def _each_of(count: int) -> str:
+    return "the one node" if count == 1 else f"each of {count} nodes"
+
+
+def _last_line(answer: object) -> str:
+    """What an error or its text says in the end, which is the reason where a traceback comes before it."""
+    return (str(answer).strip().splitlines() or [type(answer).__name__])[-1][:300]
 
 
 def _of_auto(meanings: Mapping[str, str]) -> Iterator[Finding]:
@@ -341,14 +349,39 @@ def authentication(dashboard: str) -> str:
         return ""
 
 
-def of_mlflow(outputs: Path) -> Finding:
-    """Whether MLflow takes a run, its metric and its artifact, from here: the driver is the only process that writes to it."""
+def of_mlflow(outputs: Path, where: Sequence[Node] = ()) -> Iterator[Finding]:
+    """Whether MLflow takes a run, its metric and its artifact: from here, and from a worker on each of the nodes.
+
+    A node from which it does not is no problem: one process alone writes, the sweep's own.
+    """
     try:
         tracker = Tracker(tracking_uri(outputs), outputs / "artifacts")
-        tracker.check()
+        with tracker.checked() as run:
+            call = partial(_mlflow_from_here, tracker.uri, outputs / "artifacts", run)
+            answers = on_every_node(call, NODE_SECONDS) if where else {}
     except InputError as error:
-        return problem("mlflow", error)
-    return Finding("mlflow", f"{tracker.shown}: a run was written and read; only the driver writes, so nodes need no access")
+        yield problem("mlflow", error)
+        return
+    reasons = {node.name: _last_line(answer) for node, answer in answers.items() if answer is not None}
+    found = len(answers) - len(reasons)
+    there = f" and from a worker on {f'{found} of {len(answers)} nodes' if reasons else _each_of(found)}" if found else ""
+    yield Finding("mlflow", f"{tracker.shown}: a run was written and read from here{there}")
+    for name, reason in reasons.items():
+        yield Finding(
+            "mlflow", f"not from {name}: {reason}; only the sweep's own process writes to it, and must not be started there"
+        )
+
+
+def _mlflow_from_here(uri: str, artifacts: Path, run: str) -> str | None:
+    """Writes into a run that is there and reads it; why that fails, None where it does not."""
+    file = database_file(uri)
+    if file is not None and not file.is_file():  # MLflow would make another, on this machine alone
+        return f"there is no {file}"
+    try:
+        Tracker(uri, artifacts).try_run(run, f"node-{uuid.uuid4().hex}")
+    except InputError as error:
+        return str(error)
+    return None
 
 
 @dataclass(frozen=True)

@@ -200,21 +200,36 @@ class Tracker:
         """The URI without its password."""
         return without_password(self.uri)
 
-    def check(self) -> None:
-        """Writes a run with a metric and an artifact, reads both and deletes the run. InputError where that fails."""
+    @contextmanager
+    def checked(self) -> Iterator[str]:
+        """A run that this process has tried, for others to try; deleted afterwards. InputError where that fails."""
+        with self._trying():
+            run = self.start("check", "check", {"a": 1})
+        try:
+            self.try_run(run, "driver")
+            yield run
+        finally:
+            with self._trying():
+                self._client.delete_run(run)
+
+    def try_run(self, run_id: str, name: str) -> None:
+        """Writes a metric and an artifact of this name into `checked`'s run and reads both. InputError where that fails."""
+        with self._trying():
+            self.metrics(run_id, {name: 0.5}, 0)
+            self.artifact(run_id, f"{name}.txt", "written by orchestrator.check")
+            read = self._client.get_run(run_id).data
+            files = [file.path for file in self._client.list_artifacts(run_id)]
+        if (read.params, read.metrics.get(name)) != ({"a": "1"}, 0.5) or f"{name}.txt" not in files:
+            raise InputError(f"MLflow at {self.shown} took a run and gives back something else: {read.metrics}, {files}")
+
+    @contextmanager
+    def _trying(self) -> Iterator[None]:
         try:
             with _patience():
-                run = self.start("check", "check", {"a": 1})
-                self.metrics(run, {"b": 0.5}, 0)
-                self.artifact(run, "check.txt", "written by orchestrator.check")
-                read = self._client.get_run(run).data
-                files = [file.path for file in self._client.list_artifacts(run)]
-                self._client.delete_run(run)
+                yield
         except Exception as error:  # whatever the store's driver raises: HTTP, SQLAlchemy, file system
             reason = (redacted(str(error)).strip() or type(error).__name__).splitlines()[0][:300]
             raise InputError(f"MLflow at {self.shown} is reached, but does not take a run: {reason}") from None
-        if (read.params, read.metrics, files) != ({"a": "1"}, {"b": 0.5}, ["check.txt"]):
-            raise InputError(f"MLflow at {self.shown} took a run and gives back something else: {read.metrics}, {files}")
 
     def _describe_experiment(self) -> None:
         """The experiment's page: which columns its table has under `view_path`, and what is in it."""
@@ -621,6 +636,11 @@ def tracking_uri(outputs: Path) -> str:
     return uri
 
 
+def database_file(uri: str) -> Path | None:
+    """The file of an SQLite database, None for whatever else a URI names."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 def without_password(uri: str) -> str:
     """The URI without user and password, for messages."""
     return redacted(f"any:{uri}").removeprefix("any:") if uri.startswith("//") else redacted(uri)
@@ -690,10 +710,9 @@ def _try(uri: str) -> None:
 @contextmanager
 def _alone(uri: str) -> Iterator[None]:
     """One process at a time: a fresh SQLite database that two of them set up at once is broken for good."""
-    if not uri.startswith("sqlite:///"):
+    if (database := database_file(uri)) is None:
         yield
         return
-    database = Path(uri.removeprefix("sqlite:///"))
     database.parent.mkdir(parents=True, exist_ok=True)
     with open(database.with_name(f".{database.name}.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -36,6 +36,7 @@ from orchestrator.remote import Remote, UnreachableError
 from orchestrator.shared import SharedEntries
 from orchestrator.store import StoredBackend
 from orchestrator.stream import run_stream
+from orchestrator.tracker import Tracker
 from search_spaces.tones import BASE
 
 pytestmark = [
@@ -450,6 +451,48 @@ def test_too_little_disk_and_memory_are_problems(tmp_path: Path, monkeypatch: py
         readiness.ready(SHORT, tmp_path, CLUSTER)
 
 
+# MLflow.
+
+
+def test_mlflow_is_tried_from_every_node_and_a_node_without_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes' tries by the real function; one of them sees no database, as where outputs are not shared."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    outputs, elsewhere = tmp_path / "outputs", tmp_path / "elsewhere"
+
+    def tried(call: partial[str | None], seconds: float) -> dict[Node, object]:
+        uri, artifacts, run = call.args
+        other = call.func(uri.replace(str(outputs), str(elsewhere)), artifacts, run)
+        return {ONE: call(), TWO: other}
+
+    monkeypatch.setattr(readiness, "on_every_node", tried)
+    found = [*readiness.of_mlflow(outputs, [ONE, TWO])]
+    assert all(each.ok for each in found)  # the sweep's process alone writes
+    assert found[0].text.endswith("mlflow.db: a run was written and read from here and from a worker on 1 of 2 nodes")
+    assert f"not from {TWO.name}: there is no {elsewhere}/mlflow.db; only the sweep's own process" in found[1].text
+    assert not elsewhere.exists()
+    client = MlflowClient(tracking_uri=f"sqlite:///{outputs}/mlflow.db")
+    assert client.search_runs([each.experiment_id for each in client.search_experiments()]) == []
+
+    monkeypatch.setattr(readiness, "on_every_node", lambda call, seconds: {ONE: TimeoutError("no answer in 120 s")})
+    assert "not from first/111111: no answer in 120 s" in [*readiness.of_mlflow(outputs, [ONE])][1].text
+
+
+def test_a_node_with_another_database_or_other_artifacts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("here", "other"):
+        with Tracker(f"sqlite:///{tmp_path}/{name}.db", tmp_path / f"{name}-artifacts").checked() as run:
+            pass
+    with Tracker(f"sqlite:///{tmp_path}/here.db", tmp_path / "here-artifacts").checked() as run:
+        told = readiness._mlflow_from_here(f"sqlite:///{tmp_path}/other.db", tmp_path / "other-artifacts", run)
+        assert told is not None
+        assert "does not take a run" in told
+        assert readiness._mlflow_from_here(f"sqlite:///{tmp_path}/here.db", tmp_path / "here-artifacts", run) is None
+        told = readiness._mlflow_from_here("http://somebody:secret@127.0.0.1:9", tmp_path, run)
+        assert told is not None
+        assert "MLflow cannot be reached at http://127.0.0.1:9" in told
+        assert "secret" not in told
+
+
 # The verb.
 
 
@@ -506,7 +549,8 @@ def test_a_sweep_that_could_not_run_stops_before_it_begins(tmp_path: Path, monke
     assert client.search_runs([each.experiment_id for each in client.search_experiments()]) == []
 
 
-def test_on_a_cluster(tmp_path: Path) -> None:
+def test_on_a_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with connected() as cluster:
         there = nodes()
         assert not problems(readiness.of_cluster(cluster, there, Resources()))
@@ -515,6 +559,8 @@ def test_on_a_cluster(tmp_path: Path) -> None:
             found, _ = on_nodes(tmp_path, SHORT, weights=True, where=there, store=store)
             assert problems(found) == []
             assert f"{store.name} is read, written and locked from the one node" in [each.text for each in found]
+        [mlflow] = readiness.of_mlflow(tmp_path, there)
+        assert mlflow.text.endswith("a run was written and read from here and from a worker on the one node")
         speed = in_a_worker(partial(measure, SHORT), Resources())
         assert 0 < speed.seconds_per_clip < 60
         assert speed.memory_bytes > 1e8
