@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 Record = Callable[..., None]
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("file systems cannot be mounted here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def memory_limit() -> Iterator[Callable[[int], Path]]:
+    """Makes a cgroup with so many bytes; the file into which its pids are written. The kernel kills what asks for more.
+
+    What a process had before it came counts to where it was.
+    """
+    with ExitStack() as stack:
+
+        def limited(limit_bytes: int) -> Path:
+            second = (CGROUPS / "cgroup.controllers").exists()  # version 2 has one tree for all kinds of limits
+            group = (CGROUPS if second else CGROUPS / "memory") / f"cavs-{os.getpid()}"
+            try:
+                group.mkdir()
+                stack.callback(group.rmdir)
+                (group / ("memory.max" if second else "memory.limit_in_bytes")).write_text(str(limit_bytes))
+            except OSError as error:
+                pytest.skip(f"no memory cgroup can be made here: {error}")
+            return group / "cgroup.procs"
+
+        yield limited
 
 
 @pytest.fixture

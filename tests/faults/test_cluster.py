@@ -21,7 +21,19 @@ import pytest
 from fault_namespaces import namespaces
 from fault_nodes import port_of_nobody
 from fault_stream import EPOCHS
-from fault_tools import Here, Process, epochs_of, finished, left_behind, make_room, result_of, running, stream, verb
+from fault_tools import (
+    EVENT_SECONDS,
+    Here,
+    Process,
+    epochs_of,
+    finished,
+    left_behind,
+    make_room,
+    result_of,
+    running,
+    stream,
+    verb,
+)
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from random_kills import NAME, ending, kept, made
@@ -113,6 +125,26 @@ def test_sigkill_below_a_sweep(title: str, what: str, undisturbed: Path, tmp_pat
     assert kept(before, made(tmp_path))
     ended_alike(tmp_path, undisturbed)
     record(f"SIGKILL of {what}", "in the base task", "at most the networks in flight", "trials.csv, best.json: all bytes")
+
+
+def test_train_workers_killed_for_memory_below_a_sweep(
+    undisturbed: Path, tmp_path: Path, record: Callable[..., None], memory_limit: Callable[[int], Path]
+) -> None:
+    """By the kernel: from their first epoch on they may not have a page more."""
+    with running(sweep(tmp_path)) as process:
+        process.until(IN_MIDDLE)
+        before, workers, members = made(tmp_path), below(process, "RayTrainWorker"), memory_limit(2**16)
+        assert workers
+        for each in workers:
+            members.write_text(str(each.pid))
+        psutil.wait_procs(workers, timeout=EVENT_SECONDS)
+        assert not any(each.is_running() for each in workers)
+        assert process.end() == 0, process.output
+    assert "a worker failed and is replaced" in process.output
+    assert kept(before, made(tmp_path))
+    ended_alike(tmp_path, undisturbed)
+    record("train workers killed by the kernel for memory", "in the base task", "at most the networks in flight",
+           "trials.csv, best.json: all bytes")  # fmt: skip
 
 
 @pytest.mark.parametrize("patient", [True, False], ids=["waits", "ends"])

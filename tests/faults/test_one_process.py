@@ -15,7 +15,6 @@ from fault_tools import Here, Process, epochs_of, finished, left_behind, make_ro
 LAST = "seed 0 task 2/2 audio_visual"
 NETWORKS = 3  # two of the base task, one of the last
 OUTCOMES = NETWORKS + 4  # and scores before and after, counts after either task
-CGROUPS = Path("/sys/fs/cgroup")
 
 Reference = tuple[dict[str, Any], Here]
 
@@ -52,23 +51,14 @@ def test_sigkill_in_mid_epoch(undisturbed: Reference, tmp_path: Path, record: Ca
     record("SIGKILL of a process that trains", "in epoch 4 of 6, last task", f"{len(again) - EPOCHS} epochs", "all bits")
 
 
-def test_killed_for_memory(undisturbed: Reference, tmp_path: Path, record: Callable[..., None]) -> None:
+def test_killed_for_memory(
+    undisturbed: Reference, tmp_path: Path, record: Callable[..., None], memory_limit: Callable[[int], Path]
+) -> None:
     """By the kernel, in a group of processes with a limit."""
-    second = (CGROUPS / "cgroup.controllers").exists()  # version 2 has one tree for all kinds of limits
-    group = (CGROUPS if second else CGROUPS / "memory") / f"cavs-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / ("memory.max" if second else "memory.limit_in_bytes")).write_text(str(2**31))
-    except OSError as error:
-        if group.is_dir():
-            group.rmdir()
-        pytest.skip(f"no memory cgroup can be made here: {error}")
-    try:
-        join = lambda: (group / "cgroup.procs").write_text(str(os.getpid()))  # noqa: E731
-        with running(stream(tmp_path, "--reach-for", str(2**32)), preexec_fn=join) as process:
-            assert process.end() == -signal.SIGKILL, process.output
-    finally:
-        group.rmdir()
+    members = memory_limit(2**31)
+    join = lambda: members.write_text(str(os.getpid()))  # noqa: E731
+    with running(stream(tmp_path, "--reach-for", str(2**32)), preexec_fn=join) as process:
+        assert process.end() == -signal.SIGKILL, process.output
     result, last = goes_on(tmp_path, process)
     assert result == undisturbed[0]
     again = epochs_of(process, last)[LAST]
