@@ -8,6 +8,7 @@ Every job is made anew from this file's constants, so nothing is handed over but
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import statistics
@@ -21,10 +22,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from benchmarks._measure import Ratio, Report, arguments, seconds_text
+from cavs_model import checkpoint
 from cavs_model.datasets import cache
 from cavs_model.datasets.collage import Collage
 from cavs_model.evaluate import Data
@@ -35,7 +38,7 @@ from cavs_model.train import Schedule, Seeds, TaskJob, train_task
 from cavs_model.types import AUDIO_VISUAL
 from cavs_model.worker import LocalWorker
 from orchestrator.experiment import Resources
-from orchestrator.ray_backend import WORKER_ENVIRONMENT, RayBackend, RayWorker, connected, in_an_actor
+from orchestrator.ray_backend import WORKER_ENVIRONMENT, RayBackend, RayWorker, connected, in_an_actor, new_mailbox
 
 BATCH = 16
 STAMPS = "stamps.json"
@@ -62,6 +65,8 @@ class Stamps:
     born: float = field(default_factory=lambda: _born())
     spent_before: float = field(default_factory=time.process_time)
     epochs: list[tuple[float, float]] = field(default_factory=list)
+    reports: list[float] = field(default_factory=list)  # seconds that each took
+    notes: list[float] = field(default_factory=list)
 
     def hear(self, record: Mapping[str, Any]) -> None:
         if record["kind"] == "epoch":
@@ -87,7 +92,9 @@ class StampedRayWorker(RayWorker):
 
     def report(self, record: Mapping[str, Any]) -> None:
         self.stamps.hear(record)
+        began = time.perf_counter()
         super().report(record)  # type: ignore[arg-type]
+        self.stamps.reports.append(time.perf_counter() - began)
 
 
 def run_here(root: str, output: str, clips: int, epochs: int) -> None:
@@ -119,16 +126,28 @@ def launched(words: list[str], root: str, clips: int, epochs: int) -> dict[str, 
         return {**json.loads(Path(f"{output}.{STAMPS}").read_text()), "began": began, "ended": time.time()}
 
 
-def fitted(root: str, clips: int, epochs: int, call: Callable[[Callable[[], Any]], Any]) -> dict[str, Any]:
-    """The same by a fit on the cluster, asked for by the actor that `call` calls in, as a sweep's trials do."""
+def fitted(root: str, clips: int, epochs: int, call: Callable[[Callable[[], Any]], Any], mailbox: Any = None) -> dict[str, Any]:
+    """The same by a fit on the cluster, asked for by the actor that `call` calls in, as a sweep's trials do.
+
+    With a mailbox the worker reports to it, and notes after every epoch what the task could go on from.
+    """
     with tempfile.TemporaryDirectory(dir=root) as place:
         output = f"{place}/network"
         backend = RayBackend(Path(root), Path(place) / "scratch", Resources())
 
         def loop() -> None:
             torch.set_num_threads(1)
-            stamps = Stamps(f"{output}.{STAMPS}")
-            train_task(job(root, output, clips, epochs), StampedRayWorker(stamps=stamps))
+            stamps, this, save = Stamps(f"{output}.{STAMPS}"), job(root, output, clips, epochs), checkpoint.save_interim
+            if mailbox is not None:
+                this = dataclasses.replace(this, resume=f"{output}.interim", resume_seconds=0.0)
+
+            def saved(*arguments: Any) -> None:
+                began = time.perf_counter()
+                save(*arguments)
+                stamps.notes.append(time.perf_counter() - began)
+
+            with patch.object(checkpoint, "save_interim", saved):
+                train_task(this, StampedRayWorker(mailbox, stamps=stamps))
             stamps.write()
 
         began = time.time()
@@ -189,7 +208,9 @@ def main() -> None:
             for _ in range(options.rounds):
                 with ThreadPoolExecutor(2) as pool:
                     pairs += list(pool.map(lambda _: fitted(root, clips, epochs, call), range(2)))
-    report.raw |= {"pairs": pairs}
+            mailbox = new_mailbox()
+            noting = [fitted(root, clips, epochs, call, mailbox) for _ in range(options.rounds)]
+    report.raw |= {"pairs": pairs, "noting": noting}
     report.raw |= {"runs": runs, "import_cpu_s": imports}
     steps = {name: [per_step(run, tasks) for run in all_] for name, all_ in runs.items()}
     report.table(
@@ -220,6 +241,12 @@ def main() -> None:
     report.say(
         f"Median of a whole fit but for its epochs: {_around(runs['Ray Train']):.1f} s; "
         f"of two at once, as a task's two networks are: {_around(pairs):.1f} s."
+    )
+    report.say()
+    ends = {"a report to the driver's mailbox": "reports", "a note of what the task can go on from": "notes"}
+    report.table(
+        ["at the end of an epoch", "s by the clock"],
+        [(name, seconds_text([each for run in noting for each in run[kind]])) for name, kind in ends.items()],
     )
     report.end()
 
