@@ -228,7 +228,7 @@ def workers(report: Report, options: object, root: str, clips: int) -> None:
             backend.score(job, paths)
 
         def on_one() -> None:
-            # The other one waits, in a process that stays: taken away from Ray, it would cost the next round a new process.
+            # The other one waits in a task: after a placement group ends, Ray keeps both cores busy for a second.
             busy, done = Path(root) / "busy", Path(root) / "done"
             reference = ray.remote(num_cpus=1)(hold).remote(busy, done)
             while not busy.exists():

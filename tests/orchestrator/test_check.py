@@ -477,7 +477,7 @@ def test_mlflow_is_tried_from_every_node_and_a_node_without_it_is_told(tmp_path:
     assert "not from first/111111: no answer in 120 s" in [*readiness.of_mlflow(outputs, [ONE])][1].text
 
 
-def test_a_node_with_another_database_or_other_artifacts_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_with_another_database_or_none_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for name in ("here", "other"):
         with Tracker(f"sqlite:///{tmp_path}/{name}.db", tmp_path / f"{name}-artifacts").checked() as run:
